@@ -1,0 +1,541 @@
+"""A plain Llama: forward pass, safetensors in and out (Hugging Face layout), tokenizer and chat template.
+
+    from model import Tokenizer, find_model, load_model
+    path = find_model("smollm2-135m")                    # a known name, a directory, or a hub id
+    model, tokenizer = load_model(path), Tokenizer(path)
+    hidden = model(torch.tensor([tokenizer.chat([{"role": "user", "content": "Hello"}])]))
+    logits = model.logits(hidden)
+
+Llama-3.1/3.2, SmolLM2 and Skywork-Reward-V2-Llama open as they are, and what save_model writes opens in transformers.
+Shapes: B rows, T tokens, S cached tokens, D hidden size, H query heads, K key-value heads, d head size, V vocabulary,
+M completion tokens of all rows laid end to end.
+"""
+import json
+import math
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from huggingface_hub import errors, snapshot_download      # comes with tokenizers
+from jinja2 import TemplateError                           # comes with torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+HERE = Path(__file__).resolve().parent
+NAMES = {
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "skywork-v2-1b": "Skywork/Skywork-Reward-V2-Llama-3.2-1B",
+    "skywork-v2-3b": "Skywork/Skywork-Reward-V2-Llama-3.2-3B",
+}
+# What save_model carries over from the source directory, so that a checkpoint is complete by itself.
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+           "generation_config.json")
+LOGITS_PER_CHUNK = 2**26        # logits that log_probs holds at once: 268 MB in fp32
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message is one line that names the file, the flag or the name."""
+
+
+# ---------------------------------------------------------------- configuration
+
+@dataclass(frozen=True)
+class Config:
+    """The part of config.json that the forward pass needs, under its Hugging Face names."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None          # None, or the llama3 frequency scaling's four numbers
+    tie_word_embeddings: bool
+    scalar_head: bool                  # LlamaForSequenceClassification with one label: a reward model
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's object; InputError names the file when it is missing, broken or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        raise InputError(f"{path}: {reason}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def parse_config(raw: dict, name: str = "config.json") -> Config:
+    """config.json's dictionary as a Config; InputError says what this forward pass does not do."""
+    def need(condition, message):
+        if not condition:
+            raise InputError(f"{name}: {message}")
+
+    def number(source, key, kind=int, default=None):
+        value = source.get(key)
+        value = default if value is None else value
+        good = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+        need(good and 0 < value < 1e15, f"{key} must be a positive {kind.__name__}, found {value!r}")
+        return kind(value)
+
+    architecture = (raw.get("architectures") or ["LlamaForCausalLM"])[0]
+    known = ("LlamaForCausalLM", "LlamaForSequenceClassification")
+    need(raw.get("model_type") == "llama" and architecture in known,
+         f"model_type {raw.get('model_type')!r}, architecture {architecture!r} is not supported (only Llama)")
+    for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
+                       ("quantization_config", None)):
+        need(raw.get(key) in (plain, None), f"{key} = {raw.get(key)!r} is not supported")
+    scalar_head = architecture == known[1]
+    labels = len(raw["id2label"]) if isinstance(raw.get("id2label"), dict) else raw.get("num_labels", 2)
+    need(not scalar_head or labels == 1, f"a reward model has one label, found {labels}")
+
+    heads = number(raw, "num_attention_heads")
+    width = number(raw, "hidden_size")
+    # Two spellings: rope_scaling beside rope_theta, and since transformers 5 both in rope_parameters.
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    need(isinstance(rope, dict), "rope_parameters / rope_scaling must be an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    need(kind in ("default", "llama3"), f"rope_type {kind!r} is not supported (default, llama3)")
+    scaling = None if kind == "default" else {
+        key: number(rope, key, float)
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    tied = raw.get("tie_word_embeddings")
+    config = Config(
+        vocab_size=number(raw, "vocab_size"),
+        hidden_size=width,
+        intermediate_size=number(raw, "intermediate_size"),
+        num_hidden_layers=number(raw, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=number(raw, "num_key_value_heads", default=heads),
+        head_dim=number(raw, "head_dim", default=width // heads),
+        max_position_embeddings=number(raw, "max_position_embeddings", default=2048),
+        rms_norm_eps=number(raw, "rms_norm_eps", float, 1e-6),
+        rope_theta=number(rope if "rope_theta" in rope else raw, "rope_theta", float, 10000.0),
+        rope_scaling=scaling,
+        tie_word_embeddings=bool(tied),
+        scalar_head=scalar_head)
+    need(heads % config.num_key_value_heads == 0,
+         f"num_attention_heads {heads} is not a multiple of num_key_value_heads {config.num_key_value_heads}")
+    need(config.head_dim % 2 == 0, f"head_dim must be even, found {config.head_dim}")
+    return config
+
+
+# ---------------------------------------------------------------- forward pass
+
+def wide(x: Tensor) -> Tensor:
+    """fp32 where rounding matters (norms, RoPE, softmax); float64 stays, so that tests tell bugs from rounding."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rope_frequencies(config: Config) -> Tensor:
+    """Rotation in radians per position of each pair of coordinates, (d/2,) float64.
+
+    With llama3 scaling, wavelengths beyond the original context are stretched by `factor`, those well inside it are
+    kept, and those between are blended (the released Llama 3.1 code).
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device="cpu") / config.head_dim
+    frequency = config.rope_theta ** -exponent                               # (d/2,)
+    if config.rope_scaling is None:
+        return frequency
+    s = config.rope_scaling
+    turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # turns within the original context
+    keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+    keep = keep.clamp(0, 1)                                                  # 1: keep, 0: stretch
+    return keep * frequency + (1 - keep) * frequency / s["factor"]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on (B, heads, T, d); the pairs are coordinates i and i + d/2, as in Hugging Face checkpoints."""
+    a, b = wide(x).chunk(2, dim=-1)                                          # (B, heads, T, d/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Cache:
+    """Keys and values of all layers, allocated once: row b holds lengths[b] tokens from the left."""
+
+    def __init__(self, config: Config, rows: int, size: int, *, device, dtype):
+        shape = (rows, config.num_key_value_heads, size, config.head_dim)    # zeros: a masked NaN would still be NaN
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)    # (B,)
+        self.used = 0            # no row is longer: attention reads no further
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, d) at positions (B, T) and return all keys and values so far, (B, K, S, d)."""
+        rows = torch.arange(len(positions), device=k.device)[:, None]        # (B, 1)
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
+
+    def select(self, rows: Tensor, size: int | None = None):
+        """Keep these rows (repeats allowed), in this order; with `size`, in a new allocation that long."""
+        self.lengths = self.lengths[rows]
+        for held in (self.k, self.v):
+            for layer, old in enumerate(held):                               # one layer at a time: no second cache
+                if size is None:
+                    held[layer] = old[rows]
+                else:
+                    held[layer] = old.new_zeros(len(rows), old.shape[1], size, old.shape[3])
+                    held[layer][:, :, :self.used] = old[rows, :, :self.used]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = wide(x)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, positions, mask, cache, layer):
+        split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, heads * d) -> (B, heads, T, d)
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.write(layer, k, v, positions)                       # (B, K, S, d)
+        # No mask means plain causal attention: without one the fused kernels stay on.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                     # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x, *attention_inputs):
+        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ScalarHead(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return wide(super().forward(hidden))[..., 0]                         # (..., D) -> (...)
+
+
+class Llama(nn.Module):
+    """The decoder; its parameters carry the checkpoint's own names (model.layers.0.self_attn.q_proj.weight, ...)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        if config.scalar_head:
+            self.score = ScalarHead(config.hidden_size, 1, bias=False)
+        elif not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        self.frequencies = rope_frequencies(config)      # no parameter and no buffer: .to(bfloat16) must not round it
+
+    def forward(self, tokens: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Final hidden states (B, T, D), after the last norm, of tokens (B, T).
+
+        Without a cache, attention is causal: rows padded on the right need no mask, since padding comes after
+        everything that is read. With a cache, the tokens are appended to what each row holds. `positions` (B, T)
+        default to counting on from there. After a ragged prefill the caller sets cache.lengths to the true lengths;
+        what padding left behind is then overwritten, and never read (mask below).
+        """
+        B, T = tokens.shape
+        mask = None
+        held = torch.zeros(B, dtype=torch.long, device=tokens.device) if cache is None else cache.lengths
+        slots = held[:, None] + torch.arange(T, device=tokens.device)        # (B, T)
+        if cache is not None:
+            fresh = cache.used == 0
+            cache.used += T
+            cache.lengths = cache.lengths + T
+            if not fresh:
+                mask = torch.arange(cache.used, device=tokens.device) <= slots[..., None]  # (B, T, S)
+                mask = mask[:, None]                                         # (B, 1, T, S)
+        x = self.model.embed_tokens(tokens)                                  # (B, T, D)
+        precision = wide(x[:0]).dtype
+        if self.frequencies.device != x.device:
+            self.frequencies = self.frequencies.to(precision).to(x.device)
+        where = slots if positions is None else positions
+        angles = where[:, None, :, None].to(precision) * self.frequencies.to(precision)
+        cos, sin = angles.cos(), angles.sin()                                # (B, 1, T, d/2) each
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, cos, sin, slots, mask, cache, layer)                # (B, T, D)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V), fp32."""
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return wide(F.linear(hidden, weight))
+
+    def log_probs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """log softmax(logits / temperature) at the targets: (M, D), (M,) -> (M,) fp32, a chunk at a time.
+
+        The (M, V) logits of a step would be gigabytes (64 answers of 512 tokens, V 128,256: 16.8 GB in fp32). Each
+        chunk's are made, reduced to one number a token and dropped; the backward pass makes them again
+        (checkpoint). Same values and gradients as in one piece: test_chunked_log_probs_equal_the_plain_ones.
+        """
+        def piece(h, t):
+            logits = self.logits(h) / temperature                            # (chunk, V)
+            return logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1)
+
+        size = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
+        return torch.cat([checkpoint(piece, h, t, use_reentrant=False)
+                          for h, t in zip(hidden.split(size), targets.split(size))])
+
+
+# ---------------------------------------------------------------- files
+
+def find_model(name: str) -> Path:
+    """A directory as it is; a known name or a hub id (owner/name) fetched from the hub, or from its local cache.
+
+    Only configuration, tokenizer and *.safetensors are fetched. InputError: gated, no network, unknown.
+    """
+    if name and Path(name).is_dir():
+        return Path(name)
+    repo = NAMES.get(name, name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
+        raise InputError(f"model {name!r}: no such directory, and not one of {', '.join(NAMES)} or a hub id owner/name")
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", "*.json", "*.jinja"],
+                                      ignore_patterns=["*/*"]))
+    except errors.GatedRepoError:
+        raise InputError(f"model {repo} is gated: accept its licence at https://huggingface.co/{repo}, make a token "
+                         "at https://huggingface.co/settings/tokens, then run: hf auth login") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise InputError(f"model {repo}: no such directory, and the hub knows no such repository (or it is private: "
+                         f"hf auth login). Known names: {', '.join(NAMES)}") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
+        raise InputError(f"model {repo}: the hub could not be reached ({type(error).__name__}) and no copy lies in "
+                         f"the local cache. Where there is a network run: hf download {repo} --local-dir DIR, and "
+                         "give DIR in place of the name") from None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The model's safetensors: one file, or the shards that an index names (files beside it, nowhere else)."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return [path / "model.safetensors"]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
+        raise InputError(f"{index}: weight_map must map tensor names to file names")
+    return [path / file for file in sorted(set(shards.values()))]
+
+
+def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
+    """A Llama from a directory with config.json and *.safetensors (one file or shards).
+
+    Each tensor goes straight to its device and dtype: nothing is held twice. InputError names the file or the tensor
+    for an unsupported architecture, a missing or truncated file, a missing, surplus or misshapen tensor.
+    """
+    path = Path(path)
+    raw = read_json(path / "config.json")
+    with torch.device("meta"):                                               # shapes only, no memory
+        model = Llama(parse_config(raw, str(path / "config.json")))
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    state = {}
+    for file in weight_files(path):
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():
+                    # Harmless leftovers: a copy of the tied embedding, the RoPE table of old checkpoints.
+                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in wanted):
+                        continue
+                    about = tensors.get_slice(name)
+                    if name not in wanted:
+                        raise InputError(f"{file}: tensor {name} does not belong to this model")
+                    if tuple(about.get_shape()) != wanted[name]:
+                        raise InputError(f"{file}: tensor {name} has shape {tuple(about.get_shape())}, "
+                                         f"config.json asks for {wanted[name]}")
+                    if about.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                        raise InputError(f"{file}: tensor {name} has dtype {about.get_dtype()}, not a float")
+                    state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+        except (OSError, SafetensorError) as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else f"not readable: {error}"
+            raise InputError(f"{file}: {reason}") from None
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise InputError(f"{path}: tensor {missing[0]} is missing" + f" (and {len(missing) - 1} more)" * (len(missing) > 1))
+    model.load_state_dict(state, assign=True)
+    model.raw_config = raw
+    model.carried = {name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()}
+    return model
+
+
+def save_model(model: Llama, path, *, dtype: torch.dtype | None = None):
+    """Write a directory that load_model and transformers open: config, one safetensors file, tokenizer files.
+
+    dtype: of the stored weights (default: the dtype that the model's own config.json names).
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    key = "dtype" if "dtype" in model.raw_config else "torch_dtype"
+    dtype = dtype or getattr(torch, str(model.raw_config.get(key, "float32")))
+    config = model.raw_config | {key: str(dtype).removeprefix("torch.")}
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, content in model.carried.items():
+        (path / name).write_bytes(content)
+    weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+# ---------------------------------------------------------------- text
+
+def read_prompt(path) -> str:
+    """A prompt file's text, outer blanks removed."""
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def fill(prompt: str, **values: str) -> str:
+    """Replace each {name} among `values`, in one pass: braces inside a value are text, never filled again."""
+    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), prompt)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.json and its own chat template; needs no weights.
+
+    stop_ids: config's eos ids, generation_config's, and the token with which the template ends a turn.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        file = self.path / "tokenizer.json"
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        except Exception as error:                                           # tokenizers raises bare Exception
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+            raise InputError(f"{file}: {reason}") from None
+        settings = read_json(self.path / "tokenizer_config.json")
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in added.items() if token.special}
+        by_length = sorted(self.special, key=len, reverse=True)
+        self._special_name = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+        named = {key: settings.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self._names = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items() if v}
+        self._template = self._compile(settings)
+        self.stop_ids = self._find_stop_ids()
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text to ids: no BOS, and a special token's name is spelt out in ordinary tokens."""
+        self.tokenizer.encode_special_tokens = True
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids to text; special tokens show by name, so that nothing a model wrote is hidden."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def chat(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation [{"role": ..., "content": ...}, ...] under the checkpoint's chat template.
+
+        The template writes the BOS, the encoder adds none: exactly one. Contents are text: a special token's name
+        inside one is swapped for a private mark before rendering and encoded apart, in ordinary tokens; contents
+        without such names get the ids of transformers' apply_chat_template.
+        """
+        names = sorted({n for m in messages for n in self._special_name.findall(m["content"])})
+        used = {c for m in messages for c in m["content"]}
+        free = (chr(c) for c in range(0xE000, 0xF900) if chr(c) not in used)   # private-use characters
+        marks = dict(zip(names, free))                                       # name -> one unused character
+        swapped = [m | {"content": self._special_name.sub(lambda n: marks[n[0]], m["content"])} for m in messages]
+        text = self._render(swapped, generation_prompt)
+        names_of = {mark: name for name, mark in marks.items()}
+        ids = []
+        for piece in re.split(f"([{''.join(names_of)}])", text) if marks else [text]:
+            if piece in names_of:
+                ids += self.encode(names_of[piece])
+            else:
+                self.tokenizer.encode_special_tokens = False
+                ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    def _compile(self, settings: dict):
+        """The chat template, in jinja2's sandbox with the few functions that templates expect (as transformers)."""
+        file = self.path / "chat_template.jinja"
+        source = read_prompt(file) if file.exists() else settings.get("chat_template")
+        if isinstance(source, list):                                         # several by name: the default one
+            source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
+        if not isinstance(source, str):
+            raise InputError(f"{self.path}: no chat template; take an Instruct checkpoint")
+
+        def raise_exception(message):
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+        environment.globals |= {"raise_exception": raise_exception, "date_string": "26 Jul 2024",
+                                "strftime_now": datetime(2024, 7, 26).strftime}  # prompts must not change by the day
+        try:
+            return environment.from_string(source)
+        except TemplateError as error:
+            raise InputError(f"{self.path}: chat template: {error}") from None
+
+    def _render(self, messages: list[dict], generation_prompt: bool) -> str:
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=generation_prompt, **self._names)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InputError(f"{self.path}: chat template: {error}") from None
+
+    def _find_stop_ids(self) -> set[int]:
+        ids = set()
+        for file in ("config.json", "generation_config.json"):
+            if (self.path / file).exists():
+                eos = read_json(self.path / file).get("eos_token_id")
+                ids |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
+        turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+        end = self._render(turn, False).rpartition("x")[2]                   # what follows the answer
+        first = self._special_name.search(end)
+        return ids | ({self.special[first[0]]} if first else set())
+
+
+def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """The device of that name (auto: cuda, then mps, then cpu) and the dtype to compute in there.
+
+    bfloat16 on CUDA; fp32 elsewhere: most CPUs multiply bfloat16 several times slower than fp32.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(d for d in available if available[d]) if name == "auto" else name
+    if not available[name]:
+        raise InputError(f"--device {name}: PyTorch finds none here")
+    return torch.device(name), torch.bfloat16 if name == "cuda" else torch.float32

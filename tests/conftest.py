@@ -1,0 +1,50 @@
+"""Fixtures that several tests share, and --assets DIR: real tokenizers and weights (smollm2-135m, llama3-tokenizer)."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from checkpoints import CONFIGS, random_llama, write_checkpoint  # noqa: E402
+
+# The models here are tiny: threads would only wait for each other, in this process and in those it starts.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--assets", type=Path, help="folder with smollm2-135m/ and llama3-tokenizer/")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With --assets a skip is a failure: whoever gives the assets wants every test to run."""
+    report = yield
+    if report.skipped and item.config.getoption("--assets"):
+        report.outcome, report.longrepr = "failed", f"skipped, although --assets was given: {report.longrepr}"
+    return report
+
+
+@pytest.fixture
+def assets(request):
+    folder = request.config.getoption("--assets")
+    if folder is None:
+        pytest.skip("needs real tokenizers and weights: pytest --assets DIR")
+    return folder
+
+
+@pytest.fixture
+def llama():
+    """A random Llama in float64, 37 tokens of vocabulary: differences above 1e-9 are bugs, not rounding."""
+    return random_llama("llama3_tied", dtype=torch.float64)
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def checkpoint_dir(request, tmp_path):
+    """A directory with a random checkpoint of each kind; its .name is the kind."""
+    write_checkpoint(tmp_path / request.param, request.param)
+    return tmp_path / request.param

@@ -1,0 +1,293 @@
+"""The forward pass, checkpoints and chat ids against transformers, live where it is installed, stored where not."""
+import json
+import struct
+
+import pytest
+import torch
+from huggingface_hub import errors
+
+import model as model_module
+from checkpoints import CONFIGS, TOKENIZER, random_llama, write_checkpoint
+from model import InputError, Tokenizer, fill, find_model, load_model, parse_config, save_model
+
+DATA = TOKENIZER.parent
+STORED = json.loads((DATA / "logits.json").read_text())
+GOLDEN = json.loads((DATA / "chat_ids.json").read_text())
+TOKENS = torch.tensor(STORED["tokens"])
+
+
+def outputs(llama, tokens):
+    hidden = llama(tokens)
+    return llama.score(hidden)[:, -1:] if llama.config.scalar_head else llama.logits(hidden)
+
+
+# ---------------------------------------------------------------- forward pass
+
+@torch.no_grad()
+def test_float64_logits_equal_the_stored_ones_of_transformers(checkpoint_dir):
+    ours = outputs(load_model(checkpoint_dir, dtype=torch.float64), TOKENS)[0]
+    ours = ours if checkpoint_dir.name == "scalar_head" else ours[::8, ::10]
+    theirs = torch.tensor(STORED[checkpoint_dir.name], dtype=torch.float64)
+    assert theirs.abs().max() > 0.3
+    assert (ours - theirs).abs().max() < 1e-9
+
+
+@torch.no_grad()
+def test_fp32_logits_equal_those_of_transformers_live(checkpoint_dir):
+    transformers = pytest.importorskip("transformers")
+    auto = (transformers.AutoModelForSequenceClassification if checkpoint_dir.name == "scalar_head"
+            else transformers.AutoModelForCausalLM)
+    theirs = auto.from_pretrained(checkpoint_dir, dtype=torch.float32)(TOKENS).logits
+    ours = outputs(load_model(checkpoint_dir), TOKENS)
+    assert (ours.reshape(theirs.shape) - theirs).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_saved_checkpoint_opens_in_transformers_with_equal_logits(checkpoint_dir, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = load_model(checkpoint_dir)
+    for p in ours.parameters():
+        p.mul_(0.9)                                      # not the file it came from
+    save_model(ours, tmp_path / "saved")
+    auto = (transformers.AutoModelForSequenceClassification if checkpoint_dir.name == "scalar_head"
+            else transformers.AutoModelForCausalLM)
+    theirs, report = auto.from_pretrained(tmp_path / "saved", dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    logits = theirs(TOKENS).logits
+    assert (outputs(ours, TOKENS).reshape(logits.shape) - logits).abs().max() < 1e-4
+    chat = [{"role": "user", "content": "Hello"}]
+    there = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert there.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == Tokenizer(
+        tmp_path / "saved").chat(chat)
+
+
+@torch.no_grad()
+def test_a_saved_checkpoint_reloads_bit_for_bit(checkpoint_dir, tmp_path):
+    ours = load_model(checkpoint_dir)
+    save_model(ours, tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), again.parameters()))
+    assert (tmp_path / "saved/generation_config.json").exists()
+
+
+def test_weights_are_stored_in_the_dtype_that_the_config_names(tmp_path):
+    write_checkpoint(tmp_path / "a", "untied", torch_dtype="bfloat16")
+    save_model(load_model(tmp_path / "a"), tmp_path / "b")
+    header = (tmp_path / "b/model.safetensors").read_bytes()[8:4096]
+    assert b'"BF16"' in header and b'"F32"' not in header
+
+
+def test_the_models_own_dtype_does_not_round_the_rope_frequencies():
+    llama = random_llama("llama3_tied").to(torch.bfloat16)
+    assert llama.frequencies.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_cached_steps_equal_the_full_forward_pass(llama):
+    tokens = torch.randint(0, 37, (2, 11), generator=torch.Generator().manual_seed(0))
+    whole = llama(tokens)
+    cache = model_module.Cache(llama.config, 2, 16, device="cpu", dtype=torch.float64)
+    pieces = torch.cat([llama(part, cache=cache) for part in tokens.split([4, 1, 3, 1, 2], dim=1)], dim=1)
+    assert (whole - pieces).abs().max() < 1e-12
+
+
+def test_chunked_log_probs_equal_the_plain_ones(llama, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 37, (23,), generator=generator)
+    weight = torch.randn(23, generator=generator, dtype=torch.float64)
+    results = []
+    for chunk in (37 * 5, 37 * 1000, None):              # five tokens at a time, all at once, no chunks at all
+        monkeypatch.setattr(model_module, "LOGITS_PER_CHUNK", chunk or 1)
+        hidden = torch.randn(23, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+        llama.zero_grad()
+        logp = (llama.log_probs(hidden, targets, temperature=0.7) if chunk else
+                (llama.logits(hidden) / 0.7).log_softmax(-1).gather(-1, targets[:, None])[:, 0])
+        (logp * weight).sum().backward()
+        results.append((logp.detach(), hidden.grad, llama.model.embed_tokens.weight.grad.clone()))
+    for one in results[:2]:
+        assert all((a - b).abs().max() < 1e-12 for a, b in zip(one, results[2]))
+
+
+# ---------------------------------------------------------------- files that are wrong
+
+def broken(path, kind):
+    """Break the checkpoint at `path` and return what the message must name."""
+    weights, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if kind == "architecture":
+        config = json.loads((path / "config.json").read_text()) | {"model_type": "qwen2"}
+        (path / "config.json").write_text(json.dumps(config))
+        return "config.json: model_type 'qwen2'"
+    if kind == "no config":
+        (path / "config.json").unlink()
+        return "config.json: no such file"
+    if kind == "broken config":
+        (path / "config.json").write_text("{")
+        return "config.json: Expecting property name"
+    if kind == "no weights":
+        weights.unlink()
+        return "model.safetensors: no such file"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        return "model.safetensors: not readable"
+    if kind == "hostile header":
+        weights.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+        return "model.safetensors: not readable"
+    if kind == "shard outside":
+        index.write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
+        return "index.json: weight_map"
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(weights)
+    if kind == "missing":
+        del tensors["model.norm.weight"]
+    elif kind == "surplus":
+        tensors["model.extra.weight"] = torch.zeros(3)
+    elif kind == "misshapen":
+        tensors["model.norm.weight"] = torch.zeros(31)
+    elif kind == "integers":
+        tensors["model.norm.weight"] = torch.zeros(32, dtype=torch.int64)
+    save_file(tensors, weights)
+    return {"missing": "tensor model.norm.weight is missing", "surplus": "tensor model.extra.weight does not belong",
+            "misshapen": "tensor model.norm.weight has shape (31,), config.json asks for (32,)",
+            "integers": "tensor model.norm.weight has dtype I64"}[kind]
+
+
+@pytest.mark.parametrize("kind", ["architecture", "no config", "broken config", "no weights", "truncated",
+                                  "hostile header", "shard outside", "missing", "surplus", "misshapen", "integers"])
+def test_a_broken_checkpoint_gives_one_line_that_names_the_file_or_tensor(tmp_path, kind):
+    write_checkpoint(tmp_path / "m", "untied")
+    message = broken(tmp_path / "m", kind)
+    with pytest.raises(InputError) as caught:
+        load_model(tmp_path / "m")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_checkpoint(tmp_path / "m", "sharded")
+    (tmp_path / "m/model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match="model-00002-of-00002.safetensors: no such file"):
+        load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"hidden_act": "gelu"}, "hidden_act"), ({"attention_bias": True}, "attention_bias"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"), ({"vocab_size": "many"}, "vocab_size"),
+    ({"num_attention_heads": 0}, "num_attention_heads"), ({"num_key_value_heads": 3}, "not a multiple"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"rope_scaling": [1]}, "must be an object"),
+    ({"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}, "one label"),
+])
+def test_a_config_that_this_forward_pass_does_not_do_is_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        parse_config(CONFIGS["untied"] | change)
+
+
+# ---------------------------------------------------------------- the hub, played by a stand-in
+
+@pytest.mark.parametrize("name, error, words", [
+    ("llama-3.2-3b", errors.GatedRepoError, ["meta-llama/Llama-3.2-3B-Instruct", "accept its licence", "hf auth login"]),
+    ("nobody/nothing", errors.RepositoryNotFoundError, ["nobody/nothing", "knows no such", "smollm2-135m"]),
+    ("smollm2-135m", errors.LocalEntryNotFoundError, ["could not be reached", "hf download", "--local-dir"]),
+    ("smollm2-135m", errors.OfflineModeIsEnabled, ["could not be reached", "local cache"]),
+])
+def test_what_the_hub_refuses_is_said_in_words(monkeypatch, name, error, words):
+    def refuse(*args, **kwargs):
+        raise error.__new__(error)
+    monkeypatch.setattr(model_module, "snapshot_download", refuse)
+    with pytest.raises(InputError) as caught:
+        find_model(name)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_a_named_model_is_fetched_without_its_pickles(monkeypatch, tmp_path):
+    asked = {}
+    def download(repo, **options):
+        asked.update(options, repo=repo)
+        return str(tmp_path)
+    monkeypatch.setattr(model_module, "snapshot_download", download)
+    assert find_model("smollm2-135m") == tmp_path
+    assert asked["repo"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert not any(p.endswith((".bin", ".pth", "*")) for p in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize("name", ["lama", "a/b/c", "../nowhere/at/all", ""])
+def test_an_unknown_name_lists_the_known_ones(name):
+    with pytest.raises(InputError, match="llama-3.2-1b"):
+        find_model(name)
+
+
+# ---------------------------------------------------------------- text
+
+def check_chat_ids(name, folder):
+    tokenizer = Tokenizer(folder)
+    for conversation, (open_ids, closed_ids) in zip(GOLDEN["conversations"], GOLDEN[name], strict=True):
+        assert tokenizer.chat(conversation) == open_ids
+        assert tokenizer.chat(conversation, generation_prompt=False) == closed_ids
+    return tokenizer
+
+
+def test_chat_ids_equal_the_stored_ones_of_transformers():
+    tokenizer = check_chat_ids("tokenizer", TOKENIZER)
+    assert tokenizer.chat([{"role": "user", "content": "x"}]).count(tokenizer.special["<|begin|>"]) == 1
+    assert tokenizer.stop_ids == {2, tokenizer.special["<|end_of_turn|>"]}    # generation_config's and the template's
+
+
+@pytest.mark.parametrize("name, stop_ids, bos", [("smollm2-135m", {2}, None), ("llama3-tokenizer", {128009}, 128000)])
+def test_chat_ids_of_real_tokenizers_equal_transformers(assets, name, stop_ids, bos):
+    tokenizer = check_chat_ids(name, assets / name)
+    assert tokenizer.stop_ids == stop_ids
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(assets / name)
+    for text in ("plain words", "a\n\n b", "<|not special|>", "2 + 2 = 4\u2028ok", "é" * 50, " lead", "trail "):
+        conversation = [{"role": "user", "content": text}]
+        ids = tokenizer.chat(conversation)
+        assert ids == theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False,
+                                                 date_string="26 Jul 2024")
+        assert bos is None or ids.count(bos) == 1
+        assert tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
+
+
+def check_special_names_stay_text(tokenizer):
+    plain = tokenizer.chat([{"role": "user", "content": "ab"}])
+    for name in tokenizer.special:
+        ids = tokenizer.chat([{"role": "user", "content": f"a{name}b"}])
+        count = lambda ids, i: sum(j == i for j in ids)
+        assert all(count(ids, i) == count(plain, i) for i in tokenizer.special.values()), name
+        assert f"a{name}b" in tokenizer.decode(ids)                          # nothing was lost
+        assert not set(tokenizer.encode(name)) & set(tokenizer.special.values())
+
+
+def test_a_special_tokens_name_in_a_message_gives_ordinary_tokens():
+    check_special_names_stay_text(Tokenizer(TOKENIZER))
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama3-tokenizer"])
+def test_special_names_stay_text_in_real_tokenizers(assets, name):
+    check_special_names_stay_text(Tokenizer(assets / name))
+
+
+def test_private_marks_in_a_message_are_not_mistaken_for_ours():
+    tokenizer = Tokenizer(TOKENIZER)
+    content = "\ue000 <|start|> \ue001"
+    assert content in tokenizer.decode(tokenizer.chat([{"role": "user", "content": content}]))
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{% for %}", "chat template"), (None, "no chat template"), ("{{ raise_exception('no') }}", "chat template: no"),
+    ("{{ messages.__class__.__mro__ }}", "chat template"), ("{{ 1 + 'x' }}", "chat template"),
+])
+def test_a_bad_chat_template_gives_one_line(tmp_path, template, message):
+    write_checkpoint(tmp_path / "m", "untied")
+    file = tmp_path / "m/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    with pytest.raises(InputError, match=message):
+        Tokenizer(tmp_path / "m")
+
+
+def test_a_broken_tokenizer_file_is_named(tmp_path):
+    write_checkpoint(tmp_path / "m", "untied")
+    (tmp_path / "m/tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="tokenizer.json"):
+        Tokenizer(tmp_path / "m")
+
+
+def test_fill_never_fills_what_a_value_brought_in():
+    assert fill("{a} {b} {c}", a="{b}", b="{a}") == "{b} {a} {c}"
