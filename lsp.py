@@ -23,7 +23,7 @@ def solver_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
     total = R if R_Q is None else R + R_Q                                    # (N, G)
     if total.dim() != 2 or total.shape[1] < 2:
         raise ValueError(f"rewards must be (N, G) with G >= 2, found {tuple(total.shape)}")
-    return total - total.mean(dim=1, keepdim=True)                           # Eq. 3: A_sol[n, g] = R[n, g] - V[n]
+    return total - total.mean(dim=1, keepdim=True)             # Eq. 3: A_sol[n, g] = R[n, g] - V[n]
 
 
 def challenger_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
@@ -34,9 +34,9 @@ def challenger_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
     """
     if R.dim() != 2 or R.shape[0] < 2:
         raise ValueError(f"rewards must be (N, G) with N >= 2, found {tuple(R.shape)}")
-    V = R.mean(dim=1)                                                        # (N,)   Eq. 2: V[n] = mean_g R[n, g]
-    reward = -V if R_Q is None else R_Q.mean(dim=1) - V                      # (N,)   S[n] = V_Q[n] - V[n]
-    return reward - reward.mean()                                            # Eq. 3: A_ch[n] = mean(V) - V[n]
+    V = R.mean(dim=1)                                          # (N,)   Eq. 2: V[n] = mean_g R[n, g]
+    reward = -V if R_Q is None else R_Q.mean(dim=1) - V                # (N,)   S[n] = V_Q[n] - V[n]
+    return reward - reward.mean()                                  # Eq. 3: A_ch[n] = mean(V) - V[n]
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str) -> Tensor:
@@ -50,7 +50,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str) -> Tens
       k3      sum_t exp(-d_t) - 1 + d_t  of each next-token distribution's *forward* KL. As a value it is unbiased for
                                          the sequence's reverse KL and never negative, so this is the one that is logged.
     """
-    d = (logp - ref_logp).masked_fill(mask == 0, 0.0)                        # (B, T)   a 0 adds nothing below
+    d = (logp - ref_logp).masked_fill(mask == 0, 0.0)              # (B, T)   a 0 adds nothing below
     if kind == "paper":
         return d.sum(-1)
     if kind == "k2":
@@ -88,7 +88,7 @@ def policy_loss(logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask:
         nats = kl_estimate(logp.detach(), ref_logp, mask, "k3")              # (B,)   for the log
     if beta != 0:
         objective = objective - beta * copies * kl_estimate(logp, ref_logp, mask, kl)
-    loss = -objective.sum() / count                         # Eq. 4: -1/(NG) sum_ij [ratio_ij A_ij - beta KL_ij]
+    loss = -objective.sum() / count             # Eq. 4: -1/(NG) sum_ij [ratio_ij A_ij - beta KL_ij]
     tokens = mask.sum(-1)                                                    # (B,)
     sums = {"kl": (nats * copies).sum(), "logp": (s.detach() * copies).sum(),
             "tokens": (tokens * copies).sum(), "sequences": copies.sum()}

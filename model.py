@@ -12,40 +12,23 @@ M completion tokens of all rows laid end to end.
 """
 import json
 import math
-import re
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
-import tokenizers
 import torch
 import torch.nn.functional as F
-from huggingface_hub import errors, snapshot_download      # comes with tokenizers
-from jinja2 import TemplateError                           # comes with torch
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-HERE = Path(__file__).resolve().parent
-NAMES = {
-    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
-    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-    "skywork-v2-1b": "Skywork/Skywork-Reward-V2-Llama-3.2-1B",
-    "skywork-v2-3b": "Skywork/Skywork-Reward-V2-Llama-3.2-3B",
-}
+from chat import Tokenizer  # noqa: F401  (a checkpoint is weights and tokenizer: one room opens both)
+from files import InputError, read_json
+
 # What save_model carries over from the source directory, so that a checkpoint is complete by itself.
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-           "generation_config.json")
+           "generation_config.json", "training.json", "prompts/challenger.txt", "prompts/self_reward.txt")
 LOGITS_PER_CHUNK = 2**26        # logits that log_probs holds at once: 268 MB in fp32
-
-
-class InputError(Exception):
-    """Something the user gave is wrong; the message is one line that names the file, the flag or the name."""
 
 
 # ---------------------------------------------------------------- configuration
@@ -65,19 +48,7 @@ class Config:
     rope_theta: float
     rope_scaling: dict | None          # None, or the llama3 frequency scaling's four numbers
     tie_word_embeddings: bool
-    scalar_head: bool                  # LlamaForSequenceClassification with one label: a reward model
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file's object; InputError names the file when it is missing, broken or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-        raise InputError(f"{path}: {reason}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    scalar_head: bool                # LlamaForSequenceClassification with one label: a reward model
 
 
 def parse_config(raw: dict, name: str = "config.json") -> Config:
@@ -161,7 +132,7 @@ def rope_frequencies(config: Config) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on (B, heads, T, d); the pairs are coordinates i and i + d/2, as in Hugging Face checkpoints."""
-    a, b = wide(x).chunk(2, dim=-1)                                          # (B, heads, T, d/2) each
+    a, b = wide(x).chunk(2, dim=-1)                                        # (B, heads, T, d/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -186,7 +157,7 @@ class Cache:
         """Keep these rows (repeats allowed), in this order; with `size`, in a new allocation that long."""
         self.lengths = self.lengths[rows]
         for held in (self.k, self.v):
-            for layer, old in enumerate(held):                               # one layer at a time: no second cache
+            for layer, old in enumerate(held):                # one layer at a time: no second cache
                 if size is None:
                     held[layer] = old[rows]
                 else:
@@ -325,31 +296,6 @@ class Llama(nn.Module):
 
 # ---------------------------------------------------------------- files
 
-def find_model(name: str) -> Path:
-    """A directory as it is; a known name or a hub id (owner/name) fetched from the hub, or from its local cache.
-
-    Only configuration, tokenizer and *.safetensors are fetched. InputError: gated, no network, unknown.
-    """
-    if name and Path(name).is_dir():
-        return Path(name)
-    repo = NAMES.get(name, name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
-        raise InputError(f"model {name!r}: no such directory, and not one of {', '.join(NAMES)} or a hub id owner/name")
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", "*.json", "*.jinja"],
-                                      ignore_patterns=["*/*"]))
-    except errors.GatedRepoError:
-        raise InputError(f"model {repo} is gated: accept its licence at https://huggingface.co/{repo}, make a token "
-                         "at https://huggingface.co/settings/tokens, then run: hf auth login") from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise InputError(f"model {repo}: no such directory, and the hub knows no such repository (or it is private: "
-                         f"hf auth login). Known names: {', '.join(NAMES)}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        raise InputError(f"model {repo}: the hub could not be reached ({type(error).__name__}) and no copy lies in "
-                         f"the local cache. Where there is a network run: hf download {repo} --local-dir DIR, and "
-                         "give DIR in place of the name") from None
-
-
 def weight_files(path: Path) -> list[Path]:
     """The model's safetensors: one file, or the shards that an index names (files beside it, nowhere else)."""
     index = path / "model.safetensors.index.json"
@@ -369,7 +315,7 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
     """
     path = Path(path)
     raw = read_json(path / "config.json")
-    with torch.device("meta"):                                               # shapes only, no memory
+    with torch.device("meta"):                                              # shapes only, no memory
         model = Llama(parse_config(raw, str(path / "config.json")))
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     state = {}
@@ -413,129 +359,7 @@ def save_model(model: Llama, path, *, dtype: torch.dtype | None = None):
     config = model.raw_config | {key: str(dtype).removeprefix("torch.")}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name, content in model.carried.items():
+        (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(content)
     weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-
-
-# ---------------------------------------------------------------- text
-
-def read_prompt(path) -> str:
-    """A prompt file's text, outer blanks removed."""
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def fill(prompt: str, **values: str) -> str:
-    """Replace each {name} among `values`, in one pass: braces inside a value are text, never filled again."""
-    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), prompt)
-
-
-class Tokenizer:
-    """A checkpoint's tokenizer.json and its own chat template; needs no weights.
-
-    stop_ids: config's eos ids, generation_config's, and the token with which the template ends a turn.
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        file = self.path / "tokenizer.json"
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-        except Exception as error:                                           # tokenizers raises bare Exception
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-            raise InputError(f"{file}: {reason}") from None
-        settings = read_json(self.path / "tokenizer_config.json")
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.special = {token.content: i for i, token in added.items() if token.special}
-        by_length = sorted(self.special, key=len, reverse=True)
-        self._special_name = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
-        named = {key: settings.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        self._names = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items() if v}
-        self._template = self._compile(settings)
-        self.stop_ids = self._find_stop_ids()
-
-    def encode(self, text: str) -> list[int]:
-        """Plain text to ids: no BOS, and a special token's name is spelt out in ordinary tokens."""
-        self.tokenizer.encode_special_tokens = True
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Ids to text; special tokens show by name, so that nothing a model wrote is hidden."""
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
-
-    def chat(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation [{"role": ..., "content": ...}, ...] under the checkpoint's chat template.
-
-        The template writes the BOS, the encoder adds none: exactly one. Contents are text: a special token's name
-        inside one is swapped for a private mark before rendering and encoded apart, in ordinary tokens; contents
-        without such names get the ids of transformers' apply_chat_template.
-        """
-        names = sorted({n for m in messages for n in self._special_name.findall(m["content"])})
-        used = {c for m in messages for c in m["content"]}
-        free = (chr(c) for c in range(0xE000, 0xF900) if chr(c) not in used)   # private-use characters
-        marks = dict(zip(names, free))                                       # name -> one unused character
-        swapped = [m | {"content": self._special_name.sub(lambda n: marks[n[0]], m["content"])} for m in messages]
-        text = self._render(swapped, generation_prompt)
-        names_of = {mark: name for name, mark in marks.items()}
-        ids = []
-        for piece in re.split(f"([{''.join(names_of)}])", text) if marks else [text]:
-            if piece in names_of:
-                ids += self.encode(names_of[piece])
-            else:
-                self.tokenizer.encode_special_tokens = False
-                ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
-        return ids
-
-    def _compile(self, settings: dict):
-        """The chat template, in jinja2's sandbox with the few functions that templates expect (as transformers)."""
-        file = self.path / "chat_template.jinja"
-        source = read_prompt(file) if file.exists() else settings.get("chat_template")
-        if isinstance(source, list):                                         # several by name: the default one
-            source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
-        if not isinstance(source, str):
-            raise InputError(f"{self.path}: no chat template; take an Instruct checkpoint")
-
-        def raise_exception(message):
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-        environment.globals |= {"raise_exception": raise_exception, "date_string": "26 Jul 2024",
-                                "strftime_now": datetime(2024, 7, 26).strftime}  # prompts must not change by the day
-        try:
-            return environment.from_string(source)
-        except TemplateError as error:
-            raise InputError(f"{self.path}: chat template: {error}") from None
-
-    def _render(self, messages: list[dict], generation_prompt: bool) -> str:
-        try:
-            return self._template.render(messages=messages, add_generation_prompt=generation_prompt, **self._names)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"{self.path}: chat template: {error}") from None
-
-    def _find_stop_ids(self) -> set[int]:
-        ids = set()
-        for file in ("config.json", "generation_config.json"):
-            if (self.path / file).exists():
-                eos = read_json(self.path / file).get("eos_token_id")
-                ids |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
-        turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        end = self._render(turn, False).rpartition("x")[2]                   # what follows the answer
-        first = self._special_name.search(end)
-        return ids | ({self.special[first[0]]} if first else set())
-
-
-def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """The device of that name (auto: cuda, then mps, then cpu) and the dtype to compute in there.
-
-    bfloat16 on CUDA; fp32 elsewhere: most CPUs multiply bfloat16 several times slower than fp32.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(d for d in available if available[d]) if name == "auto" else name
-    if not available[name]:
-        raise InputError(f"--device {name}: PyTorch finds none here")
-    return torch.device(name), torch.bfloat16 if name == "cuda" else torch.float32

@@ -15,8 +15,11 @@ from decimal import Decimal
 import torch
 from torch import Tensor
 
-from model import InputError, Llama, Tokenizer, fill, load_model
-from sample import pad, sample, take_batch
+from chat import Tokenizer, fill
+from files import InputError
+from model import Llama, load_model
+from sample import pad, sample, take_batch, text_of
+from tiny import world as tiny_world
 
 READINGS = ("generate", "expected")
 REASONS = ("no_tag", "unclosed", "not_a_score", "out_of_range", "conflict", "bad_calculation", "truncated")
@@ -86,7 +89,7 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
                      stop_ids=tokenizer.stop_ids, generator=generator, batch_tokens=batch_tokens)
     scores, records = [], []
     for (judgement,) in written:
-        text = tokenizer.decode(judgement.tokens[:-1] if judgement.stopped else judgement.tokens)
+        text = text_of(tokenizer, judgement)
         score, reason = parse_self_reward(text, stopped=judgement.stopped)
         scores.append(float("nan") if score is None else score)
         records.append({"judgement": text, "reason": reason})
@@ -116,7 +119,7 @@ def parse_self_reward(text: str, *, stopped: bool = True) -> tuple[int | None, s
     does not keep to the form is counted, not repaired. stopped=False: the token limit cut the judgement off.
     """
     inside = {"score": [], "calculation": []}
-    broken = set()                                                           # kinds whose tags do not pair up
+    broken = set()                                                 # kinds whose tags do not pair up
     opened = None
     for tag in TAG.finditer(text):
         closing, kind = bool(tag[1]), tag[2].lower()
@@ -175,4 +178,5 @@ def exact(queries: list[str], answers: list[str], golds: list[str]) -> Tensor:
 
 
 # By name. A verifiable reward is 0 for an answer that the token limit cut off (train.py): "#### 4" may be half of 42.
-VERIFIABLE = {"exact": exact}
+VERIFIABLE = {"exact": exact, "tiny": tiny_world.reward}
+NEED_GOLD = ("exact",)

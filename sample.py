@@ -1,7 +1,7 @@
 """The KV-cache sampler, and a way to talk to a model.
 
     python sample.py --model smollm2-135m "Why is the sea salty?"       # streams one answer
-    python sample.py --model smollm2-135m --chat                        # a conversation; end with Ctrl-D
+    python sample.py --model smollm2-135m --chat                   # a conversation; end with Ctrl-D
     python sample.py --model llama-3.2-3b --challenger --task "Pure & Applied Mathematics"
 
 Sampling is from the full distribution softmax(logits / temperature): no top-k, no top-p, so that the sampled
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import HERE, Cache, InputError, Llama, Tokenizer, fill, find_model, load_model, pick_device, read_prompt
+from chat import Tokenizer, fill
+from files import HERE, InputError, find_model, pick_device, read_prompt
+from model import Cache, Llama, load_model
 from runs import Parser, run_script
 
 
@@ -25,6 +27,12 @@ class Completion:
     tokens: list[int]        # the stop token included
     logp: list[float]        # one per token, at the sampling temperature (at temperature 0: at 1)
     stopped: bool            # False: cut off by max_new_tokens
+
+
+def text_of(tokenizer: Tokenizer, completion: Completion) -> str:
+    """What a completion says: all of it but the stop token, outer blanks removed."""
+    tokens = completion.tokens[:-1] if completion.stopped else completion.tokens
+    return tokenizer.decode(tokens).strip()
 
 
 @torch.inference_mode()
@@ -53,7 +61,7 @@ def sample(model: Llama, prompts: list[list[int]], *, num_samples: int = 1, max_
 
     device = model.model.embed_tokens.weight.device
     tokens = torch.zeros(total, max(limits, default=0), dtype=torch.long, device=device)
-    logp = torch.zeros(tokens.shape, device=device)                          # (total, longest limit)
+    logp = torch.zeros(tokens.shape, device=device)                         # (total, longest limit)
     lengths = torch.zeros(total, dtype=torch.long, device=device)
     # Prompts of like length together, for little padding; a prompt's samples stay neighbours and share its prefill.
     waiting = sorted(range(total), key=lambda i: len(prompts[i // num_samples]))
@@ -128,13 +136,13 @@ def prefill(model: Llama, prompts: list[list[int]]) -> tuple[Tensor, Cache]:
     return model.logits(hidden[torch.arange(len(prompts), device=device), lengths - 1]), cache
 
 
-def pad(rows: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Lists of ids as one tensor padded on the right (with 0: masks come from lengths) and their lengths."""
-    lengths = torch.tensor([len(r) for r in rows], device=device)
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for out, row in zip(tokens, rows):
-        out[:len(row)] = torch.tensor(row)
-    return tokens.to(device), lengths
+def pad(rows: list[list], device, dtype=torch.long) -> tuple[Tensor, Tensor]:
+    """Lists as one tensor padded on the right (with 0: masks come from lengths) and their lengths."""
+    lengths = torch.tensor([len(row) for row in rows], device=device)        # (B,)
+    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)        # (B, T)
+    for out, row in zip(padded, rows):
+        out[:len(row)] = torch.tensor(row, dtype=dtype)
+    return padded.to(device), lengths
 
 
 def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +180,7 @@ def stream(model: Llama, tokenizer: Tokenizer, messages: list[dict], *, max_new_
             break
         ids.append(token.item())
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):                                      # else half of a character: wait
+        if not text.endswith("\ufffd"):                             # else half of a character: wait
             print(text[len(shown):], end="", flush=True)
             shown = text
     text = tokenizer.decode(ids)

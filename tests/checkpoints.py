@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from model import HERE, Llama, load_model, parse_config
+from files import HERE
+from model import Llama, parse_config
 
 TOKENIZER = HERE / "tests/data/tokenizer"
 PLAIN = {
@@ -33,7 +34,7 @@ def random_weights(config: dict, seed: int = 1) -> dict[str, torch.Tensor]:
     """Float64 weights in the order of their names: matrices ~ N(0, .25), norms around 1, never all ones."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in sorted(Llama(parse_config(config)).named_parameters())}
-    random = np.random.RandomState(seed)         # the legacy generator: its numbers are frozen for good
+    random = np.random.RandomState(seed)     # the legacy generator: its numbers are frozen for good
     return {name: torch.from_numpy(random.randn(*shape) * 0.25 + (len(shape) == 1)) for name, shape in shapes.items()}
 
 

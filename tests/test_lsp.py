@@ -7,7 +7,7 @@ import torch
 
 import lsp
 
-V = 5                                   # vocabulary of the enumerated world: 25 sequences of two tokens
+V = 5                               # vocabulary of the enumerated world: 25 sequences of two tokens
 
 
 # ---------------------------------------------------------------- advantages, Eq. 2-3
@@ -29,7 +29,7 @@ def test_self_reward_is_added_for_the_solver_and_set_against_the_reward_for_the_
 
 def test_self_reward_does_not_cancel_for_the_challenger():
     R, R_Q = torch.zeros(3, 2), torch.tensor([[7.0, 7.0], [3.0, 3.0], [0.0, 0.0]])
-    assert lsp.challenger_advantages(R, R_Q)[0] > 3                          # with V of R + R_Q it would be 0
+    assert lsp.challenger_advantages(R, R_Q)[0] > 3                # with V of R + R_Q it would be 0
 
 
 def test_advantages_sum_to_zero_and_are_not_divided_by_the_standard_deviation():
@@ -66,7 +66,7 @@ def test_stop_gradient_ratio_has_the_policy_gradient():
     logits, tokens, mask, _, A = rows()
     logits.requires_grad_()
     loss, _ = lsp.policy_loss(logp_of(logits, tokens), None, A, mask, beta=0.0)
-    assert torch.allclose(loss, -A.mean())                                   # every ratio is 1 in value
+    assert torch.allclose(loss, -A.mean())                               # every ratio is 1 in value
     loss.backward()
     # The policy gradient -1/B sum_b A_b grad log pi(a_b), log pi the sum over the tokens, by central differences.
     expected, step = torch.zeros_like(logits), 1e-5
@@ -88,7 +88,7 @@ def test_the_loss_is_not_normalised_by_length():
     lsp.policy_loss(logp_of(logits, tokens), None, A, mask, beta=0.0)[0].backward()
     per_token = 1 - logits.detach().softmax(-1).gather(-1, tokens)[..., 0]   # |d log pi / d its own logit|
     own = logits.grad.gather(-1, tokens)[..., 0]
-    assert torch.allclose(own, -per_token * mask / 4)                        # 1/B for every token, in long rows and short
+    assert torch.allclose(own, -per_token * mask / 4)  # 1/B for every token, in long rows and short
 
 
 @pytest.mark.parametrize("kl", lsp.KL_ESTIMATORS)
@@ -151,7 +151,7 @@ class World:
                                            for n in ((1,), (V,)))
         self.x, self.y = (i.reshape(-1) for i in torch.meshgrid(torch.arange(V), torch.arange(V), indexing="ij"))
 
-    def logp(self):                                                          # (V * V, 2): every sequence once
+    def logp(self):                                                # (V * V, 2): every sequence once
         return torch.stack([self.first.log_softmax(-1)[0, self.x], self.second.log_softmax(-1)[self.x, self.y]], -1)
 
     def ref_logp(self):
@@ -166,7 +166,7 @@ class World:
         weight = logp.sum(-1).exp().detach()                                 # pi(x, y)
         return (weight * lsp.kl_estimate(logp, self.ref_logp(), torch.ones_like(logp), kind)).sum()
 
-    def sequence_kl(self):                                                   # exact, differentiable in everything
+    def sequence_kl(self):                                     # exact, differentiable in everything
         logp = self.logp()
         return (logp.sum(-1).exp() * (logp - self.ref_logp()).sum(-1)).sum()
 

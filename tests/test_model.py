@@ -4,11 +4,14 @@ import struct
 
 import pytest
 import torch
+from checkpoints import CONFIGS, TOKENIZER, random_llama, write_checkpoint
 from huggingface_hub import errors
 
+import files as files_module
 import model as model_module
-from checkpoints import CONFIGS, TOKENIZER, random_llama, write_checkpoint
-from model import InputError, Tokenizer, fill, find_model, load_model, parse_config, save_model
+from chat import fill
+from files import InputError, find_model
+from model import Tokenizer, load_model, parse_config, save_model
 
 DATA = TOKENIZER.parent
 STORED = json.loads((DATA / "logits.json").read_text())
@@ -96,7 +99,7 @@ def test_chunked_log_probs_equal_the_plain_ones(llama, monkeypatch):
     targets = torch.randint(0, 37, (23,), generator=generator)
     weight = torch.randn(23, generator=generator, dtype=torch.float64)
     results = []
-    for chunk in (37 * 5, 37 * 1000, None):              # five tokens at a time, all at once, no chunks at all
+    for chunk in (37 * 5, 37 * 1000, None):   # five tokens at a time, all at once, no chunks at all
         monkeypatch.setattr(model_module, "LOGITS_PER_CHUNK", chunk or 1)
         hidden = torch.randn(23, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
         llama.zero_grad()
@@ -191,7 +194,7 @@ def test_a_config_that_this_forward_pass_does_not_do_is_refused(change, message)
 def test_what_the_hub_refuses_is_said_in_words(monkeypatch, name, error, words):
     def refuse(*args, **kwargs):
         raise error.__new__(error)
-    monkeypatch.setattr(model_module, "snapshot_download", refuse)
+    monkeypatch.setattr(files_module, "snapshot_download", refuse)
     with pytest.raises(InputError) as caught:
         find_model(name)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
@@ -202,7 +205,7 @@ def test_a_named_model_is_fetched_without_its_pickles(monkeypatch, tmp_path):
     def download(repo, **options):
         asked.update(options, repo=repo)
         return str(tmp_path)
-    monkeypatch.setattr(model_module, "snapshot_download", download)
+    monkeypatch.setattr(files_module, "snapshot_download", download)
     assert find_model("smollm2-135m") == tmp_path
     assert asked["repo"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert not any(p.endswith((".bin", ".pth", "*")) for p in asked["allow_patterns"])

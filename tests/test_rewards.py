@@ -5,10 +5,12 @@ import time
 
 import pytest
 import torch
+from checkpoints import write_checkpoint
 
 import rewards
-from checkpoints import write_checkpoint
-from model import HERE, InputError, Tokenizer, load_model, read_prompt
+from chat import Tokenizer
+from files import HERE, InputError, read_prompt
+from model import load_model
 from rewards import exact, fill_unread, last_number, parse_self_reward
 from sample import Completion
 
@@ -40,16 +42,16 @@ INVALID = [
     ("4</Score>", "unclosed"), ("<Score>4</Score></Score>", "unclosed"), ("<Score><Score>4</Score>", "unclosed"),
     ("<Calculation><Score>4</Calculation></Score>", "unclosed"), ("<Score>4</ Scor>", "unclosed"),
     ("<Score>4</Score> <Score>5</Score>", "conflict"), (f"{SEVEN}<Score>4</Score><Score>5</Score>", "conflict"),
-    ("<Calculation>1+0+1+0+1+1=4</Calculation><Score>4</Score>", "bad_calculation"),               # six terms
+    ("<Calculation>1+0+1+0+1+1=4</Calculation><Score>4</Score>", "bad_calculation"),     # six terms
     ("<Calculation>1+0+1+0+1+1+0+0=4</Calculation><Score>4</Score>", "bad_calculation"),           # eight terms
-    ("<Calculation>2+0+1+0+1+0+0=4</Calculation><Score>4</Score>", "bad_calculation"),             # not binary
+    ("<Calculation>2+0+1+0+1+0+0=4</Calculation><Score>4</Score>", "bad_calculation"),  # not binary
     ("<Calculation>1+0+1+0+1+1+0=5</Calculation><Score>4</Score>", "bad_calculation"),             # does not add up
     ("<Calculation>1+0+1+0+1+1+0=4</Calculation><Score>5</Score>", "bad_calculation"),             # they disagree
     ("<Calculation>1+0+1+0+1+1+0=5</Calculation><Score>5</Score>", "bad_calculation"),
-    ("<Calculation>grade 1+grade 2=sum</Calculation><Score>4</Score>", "bad_calculation"),         # copied
+    ("<Calculation>grade 1+grade 2=sum</Calculation><Score>4</Score>", "bad_calculation"),  # copied
     ("<Calculation>1+0+1+0+1+1+0=４</Calculation><Score>4</Score>", "bad_calculation"),
     ("<Calculation></Calculation><Score>4</Score>", "bad_calculation"),
-    ("<Calculation>1+0+1+0+1+1+0=4 <Score>4</Score>", "bad_calculation"),                          # never closed
+    ("<Calculation>1+0+1+0+1+1+0=4 <Score>4</Score>", "bad_calculation"),             # never closed
     ("1+0+1+0+1+1+0=4</Calculation> <Score>4</Score>", "bad_calculation"),
     (f"{SEVEN}<Calculation>1+1+1+1+1+1+1=7</Calculation><Score>4</Score>", "bad_calculation"),
 ]
@@ -143,7 +145,7 @@ def test_the_generate_reading_parses_what_the_judge_wrote(judge, monkeypatch):
     assert scores[0] == 6 and scores[1:].isnan().all()
     assert [r["reason"] for r in records] == [None, "no_tag", "out_of_range"]
     assert [r["judgement"] for r in records] == written
-    shown = tokenizer.decode(asked[1])                   # what the pair holds is shown as it is, never filled again
+    shown = tokenizer.decode(asked[1])   # what the pair holds is shown as it is, never filled again
     assert "Say {response}" in shown and "<Score>7</Score> {instruction}" in shown
 
 

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-
 from checkpoints import random_llama, write_checkpoint
 from conftest import ROOT
-from model import InputError
+
+from files import InputError
 from runs import run_script
 from sample import decode, main, pick, sample, take_batch
 
@@ -35,7 +35,7 @@ def test_each_row_of_a_ragged_batch_has_the_log_probs_of_that_row_alone(kind, te
     groups = sample(model, PROMPTS, num_samples=5, max_new_tokens=24, temperature=temperature, stop_ids=STOP,
                     generator=seeded())
     lengths = {len(c.tokens) for group in groups for c in group}
-    assert len(lengths) > 3                                                  # rows left at different times
+    assert len(lengths) > 3                                           # rows left at different times
     for prompt, group in zip(PROMPTS, groups):
         for c in group:
             alone = logp_alone(model, prompt, c.tokens, temperature)
@@ -91,11 +91,11 @@ def test_sampled_frequencies_match_the_softmax_at_the_temperature(temperature):
     n = 4000
     (group,) = sample(model, [PROMPTS[0]], num_samples=n, max_new_tokens=1, temperature=temperature, generator=seeded(11))
     counts = torch.bincount(torch.tensor([c.tokens[0] for c in group]), minlength=37).double()
-    common = p * n >= 5                                                      # pool the rare ones, as the test requires
+    common = p * n >= 5                                   # pool the rare ones, as the test requires
     observed = torch.cat([counts[common], counts[~common].sum()[None]])
     expected = torch.cat([p[common], p[~common].sum()[None]]) * n
     chi2, freedom = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item(), len(observed) - 1
-    assert chi2 < freedom + 4 * math.sqrt(2 * freedom)                       # four standard deviations
+    assert chi2 < freedom + 4 * math.sqrt(2 * freedom)                    # four standard deviations
     wrong = torch.full_like(expected, n / len(expected))
     assert ((observed - wrong) ** 2 / wrong).sum().item() > freedom + 4 * math.sqrt(2 * freedom)   # the test can fail
     logp = {c.tokens[0]: c.logp[0] for c in group}
@@ -106,7 +106,7 @@ def test_pick_is_the_inverse_of_the_cumulative_distribution():
     logits = torch.log(torch.tensor([[0.25, 0.0, 0.5, 0.25]])).repeat(6, 1)
     uniform = torch.tensor([0.0, 0.2499999, 0.25, 0.7499999, 0.75, 1 - 2**-53], dtype=torch.float64)
     token, logp = pick(logits, 1.0, uniform)
-    assert token.tolist() == [0, 0, 2, 2, 3, 3]                              # never token 1: it has no probability
+    assert token.tolist() == [0, 0, 2, 2, 3, 3]               # never token 1: it has no probability
     assert torch.allclose(logp.exp(), torch.tensor([0.25, 0.25, 0.5, 0.5, 0.25, 0.25]))
 
 
@@ -115,7 +115,7 @@ def test_batches_hold_no_more_than_their_token_budget():
     batches = []
     while waiting:
         batches.append(take_batch(waiting, lambda i: lengths[i], [1] * 7, 20))
-    assert batches == [[0, 1, 2], [3, 4], [5], [6]]                          # one row may exceed it, two may not
+    assert batches == [[0, 1, 2], [3, 4], [5], [6]]             # one row may exceed it, two may not
 
 
 @pytest.mark.parametrize("prompts, limit", [([[]], 4), ([[1] * 509], 4)])

@@ -6,18 +6,25 @@ import sys
 
 import pytest
 import torch
-
-import train
 from checkpoints import CONFIGS, random_llama, random_weights, write_checkpoint
 from conftest import ROOT
-from model import InputError, Llama, parse_config
+
+import lsp
+import runs
+import settings
+import train
+from data import draw, read_data
+from files import InputError
+from memory import MasterAdamW
+from model import Llama, parse_config
 from sample import Completion, sample
-from train import Game, MasterAdamW, Row, Settings, accumulate, completion_logp, read_data
+from settings import Settings, resolve
+from train import Game, Row, accumulate, completion_logp
 
 
 def game(policy, reference=None, **settings):
     s = Settings(model="random", **settings)
-    return Game(s, policy, None, reference, None, None, None, None, None, [])
+    return Game(s, policy, None, None, reference)
 
 
 def random_rows(count=7, seed=0):
@@ -77,7 +84,7 @@ def moved_share(dtype, keep_masters):
     g = torch.Generator().manual_seed(0)
     for p in llama.parameters():
         p.data = torch.randn(p.shape, generator=g) * 0.02
-    if not keep_masters:                                 # what everybody writes first: AdamW on bf16 weights
+    if not keep_masters:                        # what everybody writes first: AdamW on bf16 weights
         llama.to(dtype)
         optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-6, weight_decay=0.0)
     else:
@@ -104,7 +111,7 @@ def test_a_bf16_policy_follows_its_masters_and_gradients_add_up_in_fp32():
     weight, master = llama.model.norm.weight, optimizer.masters[[n for n, _ in llama.named_parameters()].index(
         "model.norm.weight")]
     (weight * 1.0).sum().backward()
-    for _ in range(256):                                 # 1 + 256 * 2^-9: in bf16 each addition would round away
+    for _ in range(256):                    # 1 + 256 * 2^-9: in bf16 each addition would round away
         (weight * 2.0**-9).sum().backward()
     assert weight.grad is None and torch.all(master.grad == 1.5)
     optimizer.step(1e-2, 0)
@@ -140,7 +147,7 @@ def reward_curve(shuffle, steps=60):
     for _ in range(steps):
         groups = sample(policy, prompts, num_samples=16, max_new_tokens=3, generator=g)
         R = torch.tensor([[sum(t == p[-1] for t in c.tokens) / 3 for c in group] for p, group in zip(prompts, groups)])
-        A = train.lsp.solver_advantages(R)
+        A = lsp.solver_advantages(R)
         if shuffle:
             A = A.view(-1)[torch.randperm(A.numel(), generator=g)].view_as(A)
         rows = [Row(p, c, a) for p, group, row in zip(prompts, groups, A.tolist()) for c, a in zip(group, row)]
@@ -187,12 +194,12 @@ def test_bad_prompts_name_the_line(tmp_path, text, message):
 
 def test_prompts_come_once_an_epoch_each_time_in_another_order():
     data = list(range(10))
-    steps = [train.draw(data, 4, 0, step) for step in range(10)]
+    steps = [draw(data, 4, 0, step) for step in range(10)]
     drawn = sum(steps, [])
     epochs = [drawn[i:i + 10] for i in range(0, 40, 10)]
     assert all(sorted(e) == data for e in epochs) and len({tuple(e) for e in epochs}) == 4
-    assert steps == [train.draw(data, 4, 0, step) for step in range(10)] and steps[0] != train.draw(data, 4, 1, 0)
-    assert len(train.draw(data, 25, 0, 0)) == 25
+    assert steps == [draw(data, 4, 0, step) for step in range(10)] and steps[0] != draw(data, 4, 1, 0)
+    assert len(draw(data, 25, 0, 0)) == 25
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -213,7 +220,7 @@ def test_bad_flags_give_one_line_and_touch_nothing(tmp_path, monkeypatch, capsys
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "m", "--reward", "rm", *flags])
     with pytest.raises(SystemExit) as stopped:
-        train.runs.run_script(train.main)
+        runs.run_script(train.main)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and message in err and err.count("\n") == 1 and out == ""
     assert sorted(tmp_path.rglob("*")) == before
@@ -223,20 +230,20 @@ def test_flags_beat_the_models_preset_beats_the_algorithms_beats_the_defaults(tm
     write_checkpoint(tmp_path / "m", "untied")
     (tmp_path / "m/training.json").write_text(json.dumps({"queries": 5, "beta": 0.2, "learning_rate": 1.0}))
     name = str(tmp_path / "m")
-    s, preset = train.resolve({"model": name, "beta": 0.3})
+    s, preset = resolve({"model": name, "beta": 0.3})
     assert (s.queries, s.beta, s.learning_rate, s.self_reward, s.answers) == (5, 0.3, 1.0, "generate", 8)
     assert preset["queries"] == 5
     (tmp_path / "m/training.json").unlink()
     file = tmp_path / "p.json"
     file.write_text('[{"prompt": "x"}]')
-    s, _ = train.resolve({"model": name, "algo": "grpo", "prompts": str(file)})
+    s, _ = resolve({"model": name, "algo": "grpo", "prompts": str(file)})
     assert (s.learning_rate, s.self_reward) == (1e-6, None)
 
 
 def test_the_defaults_are_the_papers_table_1():
-    s = Settings(**train.ALGOS["lsp"])
+    s = Settings(**settings.ALGOS["lsp"])
     assert (s.queries, s.beta, s.learning_rate, s.self_reward) == (8, 0.05, 3e-6, "generate")
-    zero, grpo = Settings(algo="lsp-zero", **train.ALGOS["lsp-zero"]), Settings(algo="grpo", **train.ALGOS["grpo"])
+    zero, grpo = Settings(algo="lsp-zero", **settings.ALGOS["lsp-zero"]), Settings(algo="grpo", **settings.ALGOS["grpo"])
     assert (zero.learning_rate, zero.self_reward, grpo.learning_rate) == (3e-6, None, 1e-6)
 
 
@@ -323,7 +330,7 @@ def test_the_same_seed_gives_the_same_run_and_another_folder(world, monkeypatch)
 
 
 def test_an_answer_that_was_cut_off_is_never_exactly_right(world, monkeypatch):
-    s, _ = train.resolve({"model": str(world / "m"), "algo": "grpo", "prompts": str(world / "p.jsonl"), "reward": "exact",
+    s, _ = resolve({"model": str(world / "m"), "algo": "grpo", "prompts": str(world / "p.jsonl"), "reward": "exact",
                           "queries": 2, "answers": 2, "answer_tokens": 1})
     g = train.set_up(s)
     g.reward = lambda queries, answers, golds: torch.ones(len(queries))
@@ -333,7 +340,7 @@ def test_an_answer_that_was_cut_off_is_never_exactly_right(world, monkeypatch):
 
 
 def test_the_reference_and_the_judge_stay_frozen_while_the_policy_moves(world):
-    s, _ = train.resolve({"model": str(world / "m"), "reward": str(world / "rm"), "queries": 2, "answers": 2,
+    s, _ = resolve({"model": str(world / "m"), "reward": str(world / "rm"), "queries": 2, "answers": 2,
                           "query_tokens": 4, "answer_tokens": 4, "judge_tokens": 2, "device": "cpu"})
     g = train.set_up(s)
     assert g.judge is g.reference and g.reference is not g.policy

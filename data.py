@@ -1,0 +1,75 @@
+"""Prompts from files, with their gold answers, and the order in which training draws them."""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from files import InputError
+from rewards import last_number
+
+FIELDS = ("instruction", "question", "problem", "prompt")
+
+
+def read_data(path: str, *, gold: bool) -> list[tuple[str, str | None]]:
+    """Queries with their gold answers (None without one) from a JSON list or JSON lines.
+
+    A query is `instruction` (with `input` below it), `question`, `problem` or `prompt`; the gold answer
+    is `answer`. InputError names the line, or the entry of a list; with `gold`, also where an answer
+    holds no number.
+    """
+    data = []
+    for where, entry in read_entries(path):
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}, {where}: expected an object, found {type(entry).__name__}")
+        key = next((k for k in FIELDS if isinstance(entry.get(k), str)), None)
+        if key is None:
+            raise InputError(f"{path}, {where}: no field instruction, question, problem or prompt "
+                             f"(fields found: {', '.join(entry) or 'none'})")
+        below = entry.get("input") if key == "instruction" else None
+        answer = None if entry.get("answer") is None else str(entry["answer"])
+        if gold and (answer is None or last_number(answer) is None):
+            raise InputError(f"{path}, {where}: the reward needs a gold answer with a number in `answer`")
+        data.append((entry[key] + (f"\n\n{below}" if below else ""), answer))
+    if not data:
+        raise InputError(f"{path}: no prompts in it")
+    return data
+
+
+def read_entries(path: str) -> list[tuple[str, object]]:
+    """What a JSON list or JSON lines hold, each with its place ("line 3", "entry 3")."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    listed = text.lstrip().startswith("[")
+    entries = []
+    # split("\n"), not splitlines(): JSON strings may hold U+2028, which splitlines() takes for a line's end.
+    for number, piece in enumerate([text] if listed else text.split("\n"), 1):
+        if not piece.strip():
+            continue
+        try:
+            value = json.loads(piece)
+        except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", 1) if listed else number
+            raise InputError(f"{path}, line {line}: {error}") from None
+        entries += [(f"entry {i}", v) for i, v in enumerate(value, 1)] if listed else [
+            (f"line {number}", value)]
+    return entries
+
+
+CHALLENGE, SOLVE, JUDGE, ORDER = range(4)      # what random numbers are drawn for
+
+
+def generator(seed: int, step: int, purpose: int) -> torch.Generator:
+    """A fresh generator for each step and purpose: no state to save, a resumed run draws the same."""
+    state = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> 1))
+
+
+def draw(data: list, count: int, seed: int, step: int) -> list:
+    """The step's `count` entries: each once an epoch, every epoch in an order of its own."""
+    places = range(step * count, (step + 1) * count)
+    orders = {epoch: torch.randperm(len(data), generator=generator(seed, epoch, ORDER)).tolist()
+              for epoch in {i // len(data) for i in places}}
+    return [data[orders[i // len(data)][i % len(data)]] for i in places]

@@ -1,0 +1,124 @@
+"""The settings of a run: one dataclass, from which train.py's flags are made, presets, and checks.
+
+Command line, over the model's preset, over the algorithm's preset, over the defaults. A model's preset
+is the file training.json in its directory; checkpoints carry it, so that a second stage keeps its world.
+"""
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import lsp
+import rewards
+from files import HERE, InputError, find_model, read_json
+
+
+def setting(default, help, least=None, choices=None):
+    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """The paper's Table 1 where it speaks; where it is silent, the help text says so or gives the reason."""
+    model: str = setting("tiny", "policy: a known name, a directory, a hub id, or a run's checkpoint")
+    algo: str = setting("lsp", "lsp: with self-reward; lsp-zero: without; grpo: on --prompts",
+                        choices=("lsp", "lsp-zero", "grpo"))
+    reward: str = setting("skywork-v2-3b", "R: a reward model's name, directory or hub id; or exact "
+                          "(last number against the gold answer); or tiny (the embedded world's sums)")
+    reward_scale: float = setting(1.0, "R is multiplied by this: it is added to a self-reward of 0..7", 0)
+    reference: str | None = setting(None, "frozen model of the KL term (default: the starting model)")
+    judge: str | None = setting(None, "frozen model that gives the self-reward (default: the reference)")
+    self_reward: str | None = setting(None, "reading of the judge: generate (it writes, we parse: the paper, "
+                                      "and lsp's default) or expected (expectation over the score's token)",
+                                      choices=rewards.READINGS)
+    judge_temperature: float = setting(0.0, "0: greedy, so that one pair has one score", 0)
+    task: str = setting("None", "fills {task} of the Challenger's prompt; None: its own judgement")
+    template: str = setting("None", "fills {template} of the Challenger's prompt")
+    challenger_prompt: str | None = setting(None, "file (default: the model's own prompts/, else ours)")
+    self_reward_prompt: str | None = setting(None, "file (default: the model's own prompts/, else ours)")
+    prompts: str | None = setting(None, "grpo: JSON list or JSON lines with instruction, question, problem "
+                                  "or prompt; in the embedded world also: easy, balanced")
+
+    queries: int = setting(8, "N, queries a step", 1)
+    answers: int = setting(8, "G, answers a query (the paper does not say)", 2)
+    steps: int = setting(500, "iterations, one gradient step each", 1)
+    beta: float = setting(0.05, "weight of the KL term; 0: no reference model", 0)
+    kl: str = setting("k2", "KL estimator, see lsp.py", choices=lsp.KL_ESTIMATORS)
+    alpha_ch: float = setting(1.0, "weight of the Challenger's loss (the paper does not say)", 0)
+    temperature: float = setting(1.0, "of queries and answers, in sampling and log-probs alike")
+    query_tokens: int = setting(256, "longest query", 1)
+    answer_tokens: int = setting(512, "longest answer", 1)
+    judge_tokens: int = setting(256, "longest judgement", 1)
+    mask_truncated: bool = setting(False, "leave cut-off queries and answers out of the loss")
+
+    learning_rate: float = setting(3e-6, "of AdamW, at its highest", 0)
+    final_lr_share: float = setting(0.0, "share of the learning rate at which the linear decay ends", 0)
+    warmup: int = setting(0, "steps of linear warm-up", 0)
+    weight_decay: float = setting(0.0, "AdamW's", 0)
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: any", 0)
+    micro_batch_tokens: int = setting(8192, "padded tokens a forward and backward pass; changes no gradient", 1)
+    batch_tokens: int = setting(65536, "tokens in the sampler's cache at once; changes no completion", 1)
+
+    eval_prompts: str | None = setting(None, "held-out prompts: reward, and win-rate against the start")
+    eval_every: int = setting(50, "steps between evaluations", 1)
+    save_every: int = setting(50, "steps between checkpoints", 1)
+    seed: int = setting(0, "of everything random", 0)
+    out: str | None = setting(None, "run folder, new (default: runs/MODEL-ALGO-SEED)")
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    watch: bool = setting(False, "play one round, print it as a transcript, update nothing")
+
+
+ALGOS = {"lsp": {"self_reward": "generate"}, "lsp-zero": {}, "grpo": {"learning_rate": 1e-6}}
+MODELS = {"llama-3.2-1b": {"reward": "skywork-v2-1b"}}
+
+
+def resolve(given: dict) -> tuple[Settings, dict]:
+    """Settings from the flags that were given, and the model's preset.
+
+    InputError for flags out of range, contradictory ones, and an unusable training.json.
+    """
+    name = given.get("model", Settings.model)
+    path = find_model(name)
+    preset = MODELS.get(name, {})
+    file = path / "training.json"
+    if file.exists():
+        preset = preset | read_json(file)
+    known = {f.name: f for f in fields(Settings)}
+    for key, value in preset.items():
+        kind = known[key].type if key in known else None
+        if kind is None or not isinstance(value, (int, float) if kind is float else kind):
+            raise InputError(f"{file}: {key} = {value!r} is no setting, or not of its type")
+    s = Settings(**ALGOS[given.get("algo", Settings.algo)] | preset | given)
+    for kind in ("challenger_prompt", "self_reward_prompt"):
+        file = f"prompts/{kind.removesuffix('_prompt')}.txt"
+        if getattr(s, kind) is None:
+            setattr(s, kind, str((path if (path / file).exists() else HERE) / file))
+    check(s)
+    return s, preset
+
+
+def check(s: Settings):
+    """Refuse what cannot work, with the reason."""
+    for f in fields(s):
+        value, least = getattr(s, f.name), f.metadata["least"]
+        if least is not None and not least <= value < float("inf"):
+            raise InputError(f"--{f.name.replace('_', '-')} must be at least {least}, found {value}")
+    if not 0 < s.temperature < float("inf"):
+        raise InputError(f"--temperature {s.temperature}: training samples from a distribution: above 0")
+    if s.algo == "grpo" and not s.prompts:
+        raise InputError("--algo grpo learns from data: give --prompts FILE")
+    if s.algo == "grpo" and s.prompts in ("easy", "balanced") and s.reward != "tiny":
+        raise InputError(f"--prompts {s.prompts} is for the embedded world (--model tiny): give a file")
+    if s.algo != "grpo" and s.prompts:
+        raise InputError(f"--prompts is for --algo grpo; in {s.algo} the Challenger writes the queries")
+    if s.algo != "grpo" and s.queries < 2:
+        raise InputError(f"--queries {s.queries}: the Challenger's advantage compares queries: at least 2")
+    if s.algo != "grpo" and s.reward in rewards.NEED_GOLD:
+        raise InputError(f"--reward {s.reward} needs gold answers, a Challenger's query has none: --algo grpo")
+    if s.algo != "lsp" and s.self_reward:
+        raise InputError(f"--self-reward is for --algo lsp; {s.algo} has none")
+
+
+def run_name(s: Settings) -> str:
+    """MODEL-ALGO-SEED; a checkpoint goes by its run's name."""
+    path = Path(s.model)
+    name = path.absolute().parent.name if path.name.startswith("checkpoint") else path.name
+    return f"{name}-{s.algo}-{s.seed}"

@@ -1,0 +1,139 @@
+"""The embedded toy world: sums of two two-digit numbers, "What is 37 + 48?" answered by "85".
+
+    from tiny import world
+    world.reward(["What is 37 + 48?"], ["85"], [None])             # tensor([1.])
+    world.accuracy(queries, answers)                               # {"none": ..., "carry": ...}
+
+Pure functions: nothing here samples from a model. A pair (a, b) has both operands in 10..99. Its
+class says which columns carry when it is added by hand, a carry out of the units being counted in
+the tens. Every pair is in exactly one class:
+    none   neither column reaches 10                                     23 + 45
+    unit   the units do, the tens (with that carry) do not               37 + 48
+    tens   the units do not, the tens do: the sum has a third digit      72 + 54
+    both   both do                                                       57 + 68
+"""
+import random
+import re
+import zlib
+
+import torch
+from torch import Tensor
+
+CLASSES = ("none", "unit", "tens", "both")
+HELD_OUT = 0.12                     # share of the pairs that no training touches
+# Classes of the training queries that GRPO is given, as weights. "easy": what the base Challenger
+# was taught to ask, malformed queries apart.
+MIXES = {
+    "easy": {"none": 0.75, "unit": 0.09, "tens": 0.07, "both": 0.04},
+    "balanced": {"none": 0.25, "unit": 0.25, "tens": 0.25, "both": 0.25},
+}
+# [0-9] and not \d, which also takes digits of other scripts.
+QUERY = re.compile(r"What is ([1-9][0-9]) \+ ([1-9][0-9])\?")
+
+
+# ---------------------------------------------------------------- queries
+
+def query_text(a: int, b: int) -> str:
+    """The one way to ask for a + b."""
+    return f"What is {a} + {b}?"
+
+
+def parse_query(text: str) -> tuple[int, int] | None:
+    """(a, b) if the whole text is a query of this world, to the character; else None."""
+    match = QUERY.fullmatch(text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def carry_class(a: int, b: int) -> str:
+    """none, unit, tens or both: which columns of a + b carry (see the head of this file)."""
+    unit = a % 10 + b % 10 >= 10
+    tens = a // 10 + b // 10 + unit >= 10                          # the same as a + b >= 100
+    return CLASSES[unit + 2 * tens]
+
+
+def classify(query: str) -> str:
+    """A query's class, or "malformed"."""
+    pair = parse_query(query)
+    return carry_class(*pair) if pair else "malformed"
+
+
+# ---------------------------------------------------------------- the held-out split
+
+def held_out(a: int, b: int) -> bool:
+    """Whether a pair is kept for evaluation: 12 % of all, by a hash that never changes.
+
+    a + b and b + a fall on the same side: training on the one would give the other away.
+    """
+    text = f"{min(a, b)}+{max(a, b)}"
+    return zlib.crc32(text.encode()) % 1000 < 1000 * HELD_OUT
+
+
+def is_held_out(query: str) -> bool:
+    """Whether a query asks for a held-out pair; a malformed one asks for none."""
+    pair = parse_query(query)
+    return pair is not None and held_out(*pair)
+
+
+def pairs(*, held: bool) -> list[tuple[int, int]]:
+    """All pairs on one side of the split, in order."""
+    return [(a, b) for a in range(10, 100) for b in range(10, 100) if held_out(a, b) == held]
+
+
+def held_out_queries() -> list[str]:
+    """Every held-out query, in order; `classify` tells its class."""
+    return [query_text(a, b) for a, b in pairs(held=True)]
+
+
+def prompts(mix: str, count: int, *, seed: int) -> list[tuple[str, str]]:
+    """`count` training (query, gold) for GRPO, classes drawn from MIXES[mix], none held out.
+
+    Deterministic from the seed, and a longer list begins with the shorter one.
+    """
+    generator = random.Random(seed)
+    by_class = {name: [] for name in CLASSES}
+    for a, b in pairs(held=False):
+        by_class[carry_class(a, b)].append((a, b))
+    shares = MIXES[mix]
+    out = []
+    for _ in range(count):
+        name = generator.choices(CLASSES, [shares[c] for c in CLASSES])[0]
+        a, b = generator.choice(by_class[name])
+        out.append((query_text(a, b), str(a + b)))
+    return out
+
+
+# ---------------------------------------------------------------- reward and evaluation
+
+def correct(query: str, answer: str) -> bool:
+    """Whether the query parses and the answer is exactly its sum, in digits."""
+    pair = parse_query(query)
+    return pair is not None and answer == str(sum(pair))
+
+
+def reward(queries: list[str], answers: list[str], golds: list | None = None) -> Tensor:
+    """R(q, a): 1 where the query parses strictly and the answer is its sum, else 0; (len,) fp32.
+
+    The gold answers are not needed: the query holds its own.
+    """
+    return torch.tensor([float(correct(q, a)) for q, a in zip(queries, answers, strict=True)])
+
+
+def accuracy(queries: list[str], answers: list[str]) -> dict[str, float]:
+    """Share of right answers by class, and "carry", the plain mean of unit, tens and both.
+
+    ValueError for a malformed query: it has no right answer. A class without queries is nan.
+    """
+    right = {name: [] for name in CLASSES}
+    for query, answer in zip(queries, answers, strict=True):
+        name = classify(query)
+        if name == "malformed":
+            raise ValueError(f"accuracy is over well-formed queries, found {query!r}")
+        right[name].append(correct(query, answer))
+    shares = {name: sum(r) / len(r) if r else float("nan") for name, r in right.items()}
+    return shares | {"carry": (shares["unit"] + shares["tens"] + shares["both"]) / 3}
+
+
+def challenger_shares(queries: list[str]) -> dict[str, float]:
+    """Share of each class, and of "malformed", among the Challenger's queries."""
+    names = [classify(query) for query in queries]
+    return {name: names.count(name) / max(1, len(names)) for name in (*CLASSES, "malformed")}
