@@ -16,14 +16,16 @@ from files import InputError, read_json, read_prompt
 
 
 def fill(prompt: str, **values: str) -> str:
-    """Replace each {name} among `values`, in one pass: braces inside a value are text, never filled again."""
+    """Replace each {name} among `values`, in one pass:
+    braces inside a value are text, never filled again."""
     return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), prompt)
 
 
 class Tokenizer:
     """A checkpoint's tokenizer.json and its own chat template; needs no weights.
 
-    stop_ids: config's eos ids, generation_config's, and the token with which the template ends a turn.
+    stop_ids: config's eos ids, generation_config's,
+    and the token with which the template ends a turn.
     """
 
     def __init__(self, path):
@@ -32,14 +34,16 @@ class Tokenizer:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:                                # tokenizers raises bare Exception
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+            reason = ("no such file" if isinstance(error, FileNotFoundError)
+                      else str(error).splitlines()[0])
             raise InputError(f"{file}: {reason}") from None
         settings = read_json(self.path / "tokenizer_config.json")
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
         by_length = sorted(self.special, key=len, reverse=True)
         self._special_name = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
-        named = {key: settings.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        named = {
+            key: settings.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self._names = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items() if v}
         self._template = self._compile(settings)
         self.stop_ids = self._find_stop_ids()
@@ -54,17 +58,21 @@ class Tokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def chat(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation [{"role": ..., "content": ...}, ...] under the checkpoint's chat template.
+        """Ids of a conversation [{"role": ..., "content": ...}, ...]
+        under the checkpoint's chat template.
 
-        The template writes the BOS, the encoder adds none: exactly one. Contents are text: a special token's name
-        inside one is swapped for a private mark before rendering and encoded apart, in ordinary tokens; contents
-        without such names get the ids of transformers' apply_chat_template.
+        The template writes the BOS, the encoder adds none: exactly one. Contents are text: a
+        special token's name inside one is swapped for a private mark before rendering and encoded
+        apart, in ordinary tokens; contents without such names get the ids of transformers'
+        apply_chat_template.
         """
         names = sorted({n for m in messages for n in self._special_name.findall(m["content"])})
         used = {c for m in messages for c in m["content"]}
-        free = (chr(c) for c in range(0xE000, 0xF900) if chr(c) not in used)   # private-use characters
+        # Private-use characters.
+        free = (chr(c) for c in range(0xE000, 0xF900) if chr(c) not in used)
         marks = dict(zip(names, free))                                # name -> one unused character
-        swapped = [m | {"content": self._special_name.sub(lambda n: marks[n[0]], m["content"])} for m in messages]
+        swapped = [m | {"content": self._special_name.sub(lambda n: marks[n[0]], m["content"])}
+                   for m in messages]
         text = self._render(swapped, generation_prompt)
         names_of = {mark: name for name, mark in marks.items()}
         ids = []
@@ -77,11 +85,13 @@ class Tokenizer:
         return ids
 
     def _compile(self, settings: dict):
-        """The chat template, in jinja2's sandbox with the few functions that templates expect (as transformers)."""
+        """The chat template, in jinja2's sandbox with the few functions that templates expect
+        (as transformers)."""
         file = self.path / "chat_template.jinja"
         source = read_prompt(file) if file.exists() else settings.get("chat_template")
         if isinstance(source, list):                              # several by name: the default one
-            source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
+            source = {t.get("name"): t.get("template")
+                      for t in source if isinstance(t, dict)}.get("default")
         if not isinstance(source, str):
             raise InputError(f"{self.path}: no chat template; take an Instruct checkpoint")
 
@@ -90,9 +100,11 @@ class Tokenizer:
 
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+        environment.filters["tojson"] = lambda x, **options: json.dumps(
+            x, ensure_ascii=False, **options)
+        # Prompts must not change by the day.
         environment.globals |= {"raise_exception": raise_exception, "date_string": "26 Jul 2024",
-                                "strftime_now": datetime(2024, 7, 26).strftime}  # prompts must not change by the day
+                                "strftime_now": datetime(2024, 7, 26).strftime}
         try:
             return environment.from_string(source)
         except TemplateError as error:
@@ -100,7 +112,8 @@ class Tokenizer:
 
     def _render(self, messages: list[dict], generation_prompt: bool) -> str:
         try:
-            return self._template.render(messages=messages, add_generation_prompt=generation_prompt, **self._names)
+            return self._template.render(
+                messages=messages, add_generation_prompt=generation_prompt, **self._names)
         except (TemplateError, TypeError, ValueError) as error:
             raise InputError(f"{self.path}: chat template: {error}") from None
 

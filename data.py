@@ -14,9 +14,9 @@ FIELDS = ("instruction", "question", "problem", "prompt")
 def read_data(path: str, *, gold: bool) -> list[tuple[str, str | None]]:
     """Queries with their gold answers (None without one) from a JSON list or JSON lines.
 
-    A query is `instruction` (with `input` below it), `question`, `problem` or `prompt`; the gold answer
-    is `answer`. InputError names the line, or the entry of a list; with `gold`, also where an answer
-    holds no number.
+    A query is `instruction` (with `input` below it), `question`, `problem` or `prompt`; the gold
+    answer is `answer`. InputError names the line, or the entry of a list; with `gold`, also where
+    an answer holds no number.
     """
     data = []
     for where, entry in read_entries(path):
@@ -29,7 +29,8 @@ def read_data(path: str, *, gold: bool) -> list[tuple[str, str | None]]:
         below = entry.get("input") if key == "instruction" else None
         answer = None if entry.get("answer") is None else str(entry["answer"])
         if gold and (answer is None or last_number(answer) is None):
-            raise InputError(f"{path}, {where}: the reward needs a gold answer with a number in `answer`")
+            raise InputError(f"{path}, {where}: the reward needs a gold answer with a number "
+                             "in `answer`")
         data.append((entry[key] + (f"\n\n{below}" if below else ""), answer))
     if not data:
         raise InputError(f"{path}: no prompts in it")
@@ -44,7 +45,7 @@ def read_entries(path: str) -> list[tuple[str, object]]:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     listed = text.lstrip().startswith("[")
     entries = []
-    # split("\n"), not splitlines(): JSON strings may hold U+2028, which splitlines() takes for a line's end.
+    # split("\n"), not splitlines(): JSON strings may hold U+2028, a line's end to splitlines().
     for number, piece in enumerate([text] if listed else text.split("\n"), 1):
         if not piece.strip():
             continue
@@ -58,11 +59,11 @@ def read_entries(path: str) -> list[tuple[str, object]]:
     return entries
 
 
-CHALLENGE, SOLVE, JUDGE, ORDER = range(4)      # what random numbers are drawn for
+CHALLENGE, SOLVE, JUDGE, ORDER, EVALUATE = range(5)      # what random numbers are drawn for
 
 
 def generator(seed: int, step: int, purpose: int) -> torch.Generator:
-    """A fresh generator for each step and purpose: no state to save, a resumed run draws the same."""
+    """A fresh generator for each step and purpose: no state to save, and none to restore."""
     state = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> 1))
 

@@ -1,11 +1,14 @@
-"""Language Self-Play (arXiv 2509.07414): the advantages of Eq. 2-3 and the losses of Eq. 4-5. Nothing else.
+"""Language Self-Play (arXiv 2509.07414): the advantages of Eq. 2-3 and the losses of Eq. 4-5.
+Nothing else.
 
     solver_advantages(R, R_Q)                    Eq. 3, left
     challenger_advantages(R, R_Q)                Eq. 3, right
-    policy_loss(logp, ref_logp, A, mask, ...)    Eq. 4 for the Solver's rows, Eq. 5 for the Challenger's
+    policy_loss(logp, ref_logp, A, mask, ...)    Eq. 4 for the Solver's rows,
+                                                 Eq. 5 for the Challenger's
 
-Departure: the KL term. Eq. 4-5 print log(pi / pi_Ref) at the sampled tokens, whose gradient is zero on average: it
-adds noise and no pull towards pi_Ref. The default here is k2, which does pull; kl="paper" is the printed one.
+Departure: the KL term. Eq. 4-5 print log(pi / pi_Ref) at the sampled tokens, whose gradient is zero
+on average: it adds noise and no pull towards pi_Ref. The default here is k2, which does pull;
+kl="paper" is the printed one.
 Shapes: N queries, G answers a query, B rows (completions), T tokens of the longest one.
 """
 import torch
@@ -17,8 +20,9 @@ KL_ESTIMATORS = ("k2", "k2-seq", "k3", "paper")
 def solver_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
     """How much better each answer was than its group: (N, G) rewards in, (N, G) advantages out.
 
-    Eq. 2-3; with a self-reward R_Q (N, G) the Solver's reward is R + R_Q. Not divided by the standard deviation, as
-    the paper and Dr. GRPO (arXiv 2503.20783). ValueError when G < 2: every advantage would be zero.
+    Eq. 2-3; with a self-reward R_Q (N, G) the Solver's reward is R + R_Q. Not divided by the
+    standard deviation, as the paper and Dr. GRPO (arXiv 2503.20783). ValueError when G < 2: every
+    advantage would be zero.
     """
     total = R if R_Q is None else R + R_Q                                    # (N, G)
     if total.dim() != 2 or total.shape[1] < 2:
@@ -27,10 +31,12 @@ def solver_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
 
 
 def challenger_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
-    """How much harder than average each query was for the Solver: (N, G) rewards in, (N,) advantages out.
+    """How much harder than average each query was for the Solver:
+    (N, G) rewards in, (N,) advantages out.
 
-    Eq. 3, and with a self-reward R_Q the reward -V + V_Q of section 3. V is the mean of R alone: with R + R_Q the
-    self-reward would cancel (test_self_reward_does_not_cancel_for_the_challenger). ValueError when N < 2.
+    Eq. 3, and with a self-reward R_Q the reward -V + V_Q of section 3. V is the mean of R alone:
+    with R + R_Q the self-reward would cancel (test_self_reward_does_not_cancel_for_the_challenger).
+    ValueError when N < 2.
     """
     if R.dim() != 2 or R.shape[0] < 2:
         raise ValueError(f"rewards must be (N, G) with N >= 2, found {tuple(R.shape)}")
@@ -40,15 +46,20 @@ def challenger_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str) -> Tensor:
-    """KL(pi || pi_Ref) of each sequence, estimated at its own tokens: three (B, T) in, (B,) nats out.
+    """KL(pi || pi_Ref) of each sequence, estimated at its own tokens:
+    three (B, T) in, (B,) nats out.
 
-    With d_t = log pi_t - log pi_Ref,t. Used as a *loss* on samples from pi, what counts is the expected gradient
-    (arXiv 2510.01555, 2506.09477; tests/test_lsp.py enumerates all sequences of two tokens):
-      paper   sum_t d_t                  zero. E[grad log pi] = 0: noise, no pull. (Schulman's k1, Eq. 4-5 as printed.)
-      k2      sum_t d_t^2 / 2            of each next-token distribution's reverse KL, at the prefixes that were sampled
+    With d_t = log pi_t - log pi_Ref,t. Used as a *loss* on samples from pi, what counts is the
+    expected gradient (arXiv 2510.01555, 2506.09477; tests/test_lsp.py enumerates all sequences of
+    two tokens):
+      paper   sum_t d_t                  zero. E[grad log pi] = 0: noise, no pull.
+                                         (Schulman's k1, Eq. 4-5 as printed.)
+      k2      sum_t d_t^2 / 2            of each next-token distribution's reverse KL,
+                                         at the prefixes that were sampled
       k2-seq  (sum_t d_t)^2 / 2          of the whole sequence's reverse KL, exactly; more variance
-      k3      sum_t exp(-d_t) - 1 + d_t  of each next-token distribution's *forward* KL. As a value it is unbiased for
-                                         the sequence's reverse KL and never negative, so this is the one that is logged.
+      k3      sum_t exp(-d_t) - 1 + d_t  of each next-token distribution's *forward* KL. As a
+                                         value it is unbiased for the sequence's reverse KL and
+                                         never negative, so this is the one that is logged.
     """
     d = (logp - ref_logp).masked_fill(mask == 0, 0.0)              # (B, T)   a 0 adds nothing below
     if kind == "paper":
@@ -62,24 +73,30 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str) -> Tens
     raise ValueError(f"kl must be one of {', '.join(KL_ESTIMATORS)}, found {kind!r}")
 
 
-def policy_loss(logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor, *, beta: float, kl: str = "k2",
-                count: int | None = None, copies: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 4 (Solver's rows) or Eq. 5 (Challenger's rows): the loss, a scalar, and statistics as sums over sequences.
+def policy_loss(logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor, *,
+                beta: float, kl: str = "k2", count: int | None = None,
+                copies: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 4 (Solver's rows) or Eq. 5 (Challenger's rows):
+    the loss, a scalar, and statistics as sums over sequences.
 
-    logp, ref_logp: log-probs of the sampled tokens (B, T) under the policy and the reference (None where beta is 0).
-    advantages: (B,). mask: (B, T), 1 on the completion's tokens, its stop token included, 0 elsewhere.
-    count: sequences in the whole step, over all micro-batches and ranks (default B), so that the micro-batches' losses
-    add up to the step's. copies: (B,) how many identical sequences each row stands for (default 1); a row's advantage
-    is then the sum of its copies' advantages.
-    Statistics: kl (k3, nats), logp (sum over tokens: -logp / tokens estimates the entropy), tokens, sequences.
+    logp, ref_logp: log-probs of the sampled tokens (B, T) under the policy and the reference
+    (None where beta is 0).
+    advantages: (B,). mask: (B, T), 1 on the completion's tokens, its stop token included,
+    0 elsewhere.
+    count: sequences in the whole step, over all micro-batches and ranks (default B), so that the
+    micro-batches' losses add up to the step's. copies: (B,) how many identical sequences each row
+    stands for (default 1); a row's advantage is then the sum of its copies' advantages.
+    Statistics: kl (k3, nats), logp (sum over tokens: -logp / tokens estimates the entropy),
+    tokens, sequences.
     """
     B = len(advantages)
     count = B if count is None else count
     copies = torch.ones_like(advantages) if copies is None else copies
-    # The stop-gradient ratio pi / sg(pi). Its value is always 1; its gradient is grad log pi, so ratio * A carries the
-    # policy gradient A * grad log pi (test_stop_gradient_ratio_has_the_policy_gradient). The printed loss is therefore
-    # about 0 by design: watch reward and KL instead. One ratio a sequence: log pi(a|q) is the *sum* over its tokens,
-    # not their mean, so long answers are neither favoured nor spared.
+    # The stop-gradient ratio pi / sg(pi). Its value is always 1; its gradient is grad log pi, so
+    # ratio * A carries the policy gradient A * grad log pi
+    # (test_stop_gradient_ratio_has_the_policy_gradient). The printed loss is therefore about 0 by
+    # design: watch reward and KL instead. One ratio a sequence: log pi(a|q) is the *sum* over its
+    # tokens, not their mean, so long answers are neither favoured nor spared.
     s = logp.masked_fill(mask == 0, 0.0).sum(-1)                             # (B,)   log pi(a|q)
     ratio = torch.exp(s - s.detach())                                        # (B,)
     objective = ratio * advantages                                           # (B,)

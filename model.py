@@ -1,18 +1,17 @@
-"""A plain Llama: forward pass, safetensors in and out (Hugging Face layout), tokenizer and chat template.
+"""A plain Llama: forward pass, and safetensors in and out in the Hugging Face layout.
 
-    from model import Tokenizer, find_model, load_model
-    path = find_model("smollm2-135m")                    # a known name, a directory, or a hub id
+    path = files.find_model("smollm2-135m")              # a known name, a directory, or a hub id
     model, tokenizer = load_model(path), Tokenizer(path)
     hidden = model(torch.tensor([tokenizer.chat([{"role": "user", "content": "Hello"}])]))
     logits = model.logits(hidden)
 
-Llama-3.1/3.2, SmolLM2 and Skywork-Reward-V2-Llama open as they are, and what save_model writes opens in transformers.
-Shapes: B rows, T tokens, S cached tokens, D hidden size, H query heads, K key-value heads, d head size, V vocabulary,
-M completion tokens of all rows laid end to end.
+Llama-3.1/3.2, SmolLM2 and Skywork-Reward-V2-Llama open as they are, and what save_model writes
+opens in transformers.
+Shapes: B rows, T tokens, S cached tokens, D hidden size, H query heads, K key-value heads,
+d head size, V vocabulary, M completion tokens of all rows laid end to end.
 """
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,139 +21,78 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from chat import Tokenizer  # noqa: F401  (a checkpoint is weights and tokenizer: one room opens both)
+# A checkpoint is weights and tokenizer: one room opens both.
+from chat import Tokenizer  # noqa: F401
+from config import Config, parse_config
 from files import InputError, read_json
 
-# What save_model carries over from the source directory, so that a checkpoint is complete by itself.
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-           "generation_config.json", "training.json", "prompts/challenger.txt", "prompts/self_reward.txt")
+# What save_model carries over from the source directory,
+# so that a checkpoint is complete by itself.
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+           "chat_template.jinja", "generation_config.json", "training.json",
+           "prompts/challenger.txt", "prompts/self_reward.txt")
 LOGITS_PER_CHUNK = 2**26        # logits that log_probs holds at once: 268 MB in fp32
-
-
-# ---------------------------------------------------------------- configuration
-
-@dataclass(frozen=True)
-class Config:
-    """The part of config.json that the forward pass needs, under its Hugging Face names."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict | None          # None, or the llama3 frequency scaling's four numbers
-    tie_word_embeddings: bool
-    scalar_head: bool                # LlamaForSequenceClassification with one label: a reward model
-
-
-def parse_config(raw: dict, name: str = "config.json") -> Config:
-    """config.json's dictionary as a Config; InputError says what this forward pass does not do."""
-    def need(condition, message):
-        if not condition:
-            raise InputError(f"{name}: {message}")
-
-    def number(source, key, kind=int, default=None):
-        value = source.get(key)
-        value = default if value is None else value
-        good = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
-        need(good and 0 < value < 1e15, f"{key} must be a positive {kind.__name__}, found {value!r}")
-        return kind(value)
-
-    architecture = (raw.get("architectures") or ["LlamaForCausalLM"])[0]
-    known = ("LlamaForCausalLM", "LlamaForSequenceClassification")
-    need(raw.get("model_type") == "llama" and architecture in known,
-         f"model_type {raw.get('model_type')!r}, architecture {architecture!r} is not supported (only Llama)")
-    for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
-                       ("quantization_config", None)):
-        need(raw.get(key) in (plain, None), f"{key} = {raw.get(key)!r} is not supported")
-    scalar_head = architecture == known[1]
-    labels = len(raw["id2label"]) if isinstance(raw.get("id2label"), dict) else raw.get("num_labels", 2)
-    need(not scalar_head or labels == 1, f"a reward model has one label, found {labels}")
-
-    heads = number(raw, "num_attention_heads")
-    width = number(raw, "hidden_size")
-    # Two spellings: rope_scaling beside rope_theta, and since transformers 5 both in rope_parameters.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    need(isinstance(rope, dict), "rope_parameters / rope_scaling must be an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    need(kind in ("default", "llama3"), f"rope_type {kind!r} is not supported (default, llama3)")
-    scaling = None if kind == "default" else {
-        key: number(rope, key, float)
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    tied = raw.get("tie_word_embeddings")
-    config = Config(
-        vocab_size=number(raw, "vocab_size"),
-        hidden_size=width,
-        intermediate_size=number(raw, "intermediate_size"),
-        num_hidden_layers=number(raw, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=number(raw, "num_key_value_heads", default=heads),
-        head_dim=number(raw, "head_dim", default=width // heads),
-        max_position_embeddings=number(raw, "max_position_embeddings", default=2048),
-        rms_norm_eps=number(raw, "rms_norm_eps", float, 1e-6),
-        rope_theta=number(rope if "rope_theta" in rope else raw, "rope_theta", float, 10000.0),
-        rope_scaling=scaling,
-        tie_word_embeddings=bool(tied),
-        scalar_head=scalar_head)
-    need(heads % config.num_key_value_heads == 0,
-         f"num_attention_heads {heads} is not a multiple of num_key_value_heads {config.num_key_value_heads}")
-    need(config.head_dim % 2 == 0, f"head_dim must be even, found {config.head_dim}")
-    return config
 
 
 # ---------------------------------------------------------------- forward pass
 
 def wide(x: Tensor) -> Tensor:
-    """fp32 where rounding matters (norms, RoPE, softmax); float64 stays, so that tests tell bugs from rounding."""
+    """fp32 where rounding matters (norms, RoPE, softmax);
+    float64 stays, so that tests tell bugs from rounding."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rope_frequencies(config: Config) -> Tensor:
     """Rotation in radians per position of each pair of coordinates, (d/2,) float64.
 
-    With llama3 scaling, wavelengths beyond the original context are stretched by `factor`, those well inside it are
-    kept, and those between are blended (the released Llama 3.1 code).
+    With llama3 scaling, wavelengths beyond the original context are stretched by `factor`, those
+    well inside it are kept, and those between are blended (the released Llama 3.1 code).
     """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device="cpu") / config.head_dim
+    exponent = torch.arange(
+        0, config.head_dim, 2, dtype=torch.float64, device="cpu") / config.head_dim
     frequency = config.rope_theta ** -exponent                               # (d/2,)
     if config.rope_scaling is None:
         return frequency
     s = config.rope_scaling
-    turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # turns within the original context
+    # Turns within the original context.
+    turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)
     keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
     keep = keep.clamp(0, 1)                                                  # 1: keep, 0: stretch
     return keep * frequency + (1 - keep) * frequency / s["factor"]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on (B, heads, T, d); the pairs are coordinates i and i + d/2, as in Hugging Face checkpoints."""
+    """RoPE on (B, heads, T, d); the pairs are coordinates i and i + d/2,
+    as in Hugging Face checkpoints."""
     a, b = wide(x).chunk(2, dim=-1)                                        # (B, heads, T, d/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Cache:
-    """Keys and values of all layers, allocated once: row b holds lengths[b] tokens from the left."""
+    """Keys and values of all layers, allocated once:
+    row b holds lengths[b] tokens from the left."""
 
     def __init__(self, config: Config, rows: int, size: int, *, device, dtype):
-        shape = (rows, config.num_key_value_heads, size, config.head_dim)    # zeros: a masked NaN would still be NaN
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        # Zeros: a masked NaN would still be NaN.
+        shape = (rows, config.num_key_value_heads, size, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype)
+                  for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype)
+                  for _ in range(config.num_hidden_layers)]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)    # (B,)
         self.used = 0            # no row is longer: attention reads no further
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, d) at positions (B, T) and return all keys and values so far, (B, K, S, d)."""
+        """Store (B, K, T, d) at positions (B, T) and return all keys and values so far,
+        (B, K, S, d)."""
         rows = torch.arange(len(positions), device=k.device)[:, None]        # (B, 1)
         self.k[layer][rows, :, positions] = k.transpose(1, 2)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)
         return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
 
     def select(self, rows: Tensor, size: int | None = None):
-        """Keep these rows (repeats allowed), in this order; with `size`, in a new allocation that long."""
+        """Keep these rows (repeats allowed), in this order;
+        with `size`, in a new allocation that long."""
         self.lengths = self.lengths[rows]
         for held in (self.k, self.v):
             for layer, old in enumerate(held):                # one layer at a time: no second cache
@@ -187,13 +125,15 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def forward(self, x, cos, sin, positions, mask, cache, layer):
-        split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, heads * d) -> (B, heads, T, d)
+        # (B, T, heads * d) -> (B, heads, T, d)
+        split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.write(layer, k, v, positions)                       # (B, K, S, d)
         # No mask means plain causal attention: without one the fused kernels stay on.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))                     # (B, T, D)
 
 
@@ -227,7 +167,8 @@ class ScalarHead(nn.Linear):
 
 
 class Llama(nn.Module):
-    """The decoder; its parameters carry the checkpoint's own names (model.layers.0.self_attn.q_proj.weight, ...)."""
+    """The decoder; its parameters carry the checkpoint's own names
+    (model.layers.0.self_attn.q_proj.weight, ...)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -241,27 +182,31 @@ class Llama(nn.Module):
         elif not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-        self.frequencies = rope_frequencies(config)      # no parameter and no buffer: .to(bfloat16) must not round it
+        # No parameter and no buffer: .to(bfloat16) must not round it.
+        self.frequencies = rope_frequencies(config)
 
-    def forward(self, tokens: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, *, positions: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
         """Final hidden states (B, T, D), after the last norm, of tokens (B, T).
 
-        Without a cache, attention is causal: rows padded on the right need no mask, since padding comes after
-        everything that is read. With a cache, the tokens are appended to what each row holds. `positions` (B, T)
-        default to counting on from there. After a ragged prefill the caller sets cache.lengths to the true lengths;
-        what padding left behind is then overwritten, and never read (mask below).
+        Without a cache, attention is causal: rows padded on the right need no mask, since padding
+        comes after everything that is read. With a cache, the tokens are appended to what each row
+        holds. `positions` (B, T) default to counting on from there. After a ragged prefill the
+        caller sets cache.lengths to the true lengths; what padding left behind is then overwritten,
+        and never read (mask below).
         """
         B, T = tokens.shape
         mask = None
-        held = torch.zeros(B, dtype=torch.long, device=tokens.device) if cache is None else cache.lengths
+        held = (torch.zeros(B, dtype=torch.long, device=tokens.device) if cache is None
+                else cache.lengths)
         slots = held[:, None] + torch.arange(T, device=tokens.device)        # (B, T)
         if cache is not None:
             fresh = cache.used == 0
             cache.used += T
             cache.lengths = cache.lengths + T
             if not fresh:
-                mask = torch.arange(cache.used, device=tokens.device) <= slots[..., None]  # (B, T, S)
-                mask = mask[:, None]                                         # (B, 1, T, S)
+                mask = torch.arange(cache.used, device=tokens.device) <= slots[..., None]
+                mask = mask[:, None]                            # (B, T, S) -> (B, 1, T, S)
         x = self.model.embed_tokens(tokens)                                  # (B, T, D)
         precision = wide(x[:0]).dtype
         if self.frequencies.device != x.device:
@@ -275,15 +220,18 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), fp32."""
-        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        weight = (self.model.embed_tokens.weight if self.config.tie_word_embeddings
+                  else self.lm_head.weight)
         return wide(F.linear(hidden, weight))
 
     def log_probs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
-        """log softmax(logits / temperature) at the targets: (M, D), (M,) -> (M,) fp32, a chunk at a time.
+        """log softmax(logits / temperature) at the targets:
+        (M, D), (M,) -> (M,) fp32, a chunk at a time.
 
-        The (M, V) logits of a step would be gigabytes (64 answers of 512 tokens, V 128,256: 16.8 GB in fp32). Each
-        chunk's are made, reduced to one number a token and dropped; the backward pass makes them again
-        (checkpoint). Same values and gradients as in one piece: test_chunked_log_probs_equal_the_plain_ones.
+        The (M, V) logits of a step would be gigabytes (64 answers of 512 tokens, V 128,256: 16.8 GB
+        in fp32). Each chunk's are made, reduced to one number a token and dropped; the backward
+        pass makes them again (checkpoint). Same values and gradients as in one piece:
+        test_chunked_log_probs_equal_the_plain_ones.
         """
         def piece(h, t):
             logits = self.logits(h) / temperature                            # (chunk, V)
@@ -297,12 +245,14 @@ class Llama(nn.Module):
 # ---------------------------------------------------------------- files
 
 def weight_files(path: Path) -> list[Path]:
-    """The model's safetensors: one file, or the shards that an index names (files beside it, nowhere else)."""
+    """The model's safetensors: one file, or the shards that an index names
+    (files beside it, nowhere else)."""
     index = path / "model.safetensors.index.json"
     if not index.exists():
         return [path / "model.safetensors"]
     shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
+    if not isinstance(shards, dict) or not all(
+            isinstance(f, str) and Path(f).name == f for f in shards.values()):
         raise InputError(f"{index}: weight_map must map tensor names to file names")
     return [path / file for file in sorted(set(shards.values()))]
 
@@ -310,8 +260,9 @@ def weight_files(path: Path) -> list[Path]:
 def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
     """A Llama from a directory with config.json and *.safetensors (one file or shards).
 
-    Each tensor goes straight to its device and dtype: nothing is held twice. InputError names the file or the tensor
-    for an unsupported architecture, a missing or truncated file, a missing, surplus or misshapen tensor.
+    Each tensor goes straight to its device and dtype: nothing is held twice. InputError names the
+    file or the tensor for an unsupported architecture, a missing or truncated file, a missing,
+    surplus or misshapen tensor.
     """
     path = Path(path)
     raw = read_json(path / "config.json")
@@ -323,32 +274,40 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
         try:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():
-                    # Harmless leftovers: a copy of the tied embedding, the RoPE table of old checkpoints.
-                    if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in wanted):
+                    # Harmless leftovers: a copy of the tied embedding,
+                    # the RoPE table of old checkpoints.
+                    if name.endswith("rotary_emb.inv_freq") or (
+                            name == "lm_head.weight" and name not in wanted):
                         continue
                     about = tensors.get_slice(name)
                     if name not in wanted:
                         raise InputError(f"{file}: tensor {name} does not belong to this model")
                     if tuple(about.get_shape()) != wanted[name]:
-                        raise InputError(f"{file}: tensor {name} has shape {tuple(about.get_shape())}, "
-                                         f"config.json asks for {wanted[name]}")
+                        raise InputError(
+                            f"{file}: tensor {name} has shape {tuple(about.get_shape())}, "
+                            f"config.json asks for {wanted[name]}")
                     if about.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                        raise InputError(f"{file}: tensor {name} has dtype {about.get_dtype()}, not a float")
+                        raise InputError(
+                            f"{file}: tensor {name} has dtype {about.get_dtype()}, not a float")
                     state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype, copy=True)
         except (OSError, SafetensorError) as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else f"not readable: {error}"
+            reason = ("no such file" if isinstance(error, FileNotFoundError)
+                      else f"not readable: {error}")
             raise InputError(f"{file}: {reason}") from None
     missing = [name for name in wanted if name not in state]
     if missing:
-        raise InputError(f"{path}: tensor {missing[0]} is missing" + f" (and {len(missing) - 1} more)" * (len(missing) > 1))
+        raise InputError(f"{path}: tensor {missing[0]} is missing"
+                         + f" (and {len(missing) - 1} more)" * (len(missing) > 1))
     model.load_state_dict(state, assign=True)
     model.raw_config = raw
-    model.carried = {name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()}
+    model.carried = {
+        name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()}
     return model
 
 
 def save_model(model: Llama, path, *, dtype: torch.dtype | None = None):
-    """Write a directory that load_model and transformers open: config, one safetensors file, tokenizer files.
+    """Write a directory that load_model and transformers open:
+    config, one safetensors file, tokenizer files.
 
     dtype: of the stored weights (default: the dtype that the model's own config.json names).
     """
@@ -361,5 +320,6 @@ def save_model(model: Llama, path, *, dtype: torch.dtype | None = None):
     for name, content in model.carried.items():
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(content)
-    weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
+    weights = {
+        name: p.detach().to("cpu", dtype).contiguous() for name, p in model.named_parameters()}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})

@@ -1,12 +1,14 @@
 """Rewards: a reward model, the self-reward (prompt, two readings, parser), and verifiable rewards.
 
     R = RewardModel(find_model("skywork-v2-3b"))(queries, answers)           # (len,) fp32
-    scores, records = self_reward(judge, tokenizer, queries, answers, prompt=read_prompt("prompts/self_reward.txt"))
+    scores, records = self_reward(judge, tokenizer, queries, answers,
+                                  prompt=read_prompt("prompts/self_reward.txt"))
     score, reason = parse_self_reward("... <Score>4</Score>")                # (4, None)
 
 Any reward is a function (queries, answers, golds) -> (len,) fp32: yours fits in ten lines.
-The self-reward is arXiv 2509.07414's R_Q, 0..7, given by the frozen reference model as a judge. Left open there and
-decided here: an unreadable score takes the mean of its query's readable ones (fill_unread).
+The self-reward is arXiv 2509.07414's R_Q, 0..7, given by the frozen reference model as a judge.
+Left open there and decided here: an unreadable score takes the mean of its query's readable ones
+(fill_unread).
 Shapes: M pairs of query and answer, N queries, G answers a query, D hidden size, V vocabulary.
 """
 import re
@@ -22,12 +24,14 @@ from sample import pad, sample, take_batch, text_of
 from tiny import world as tiny_world
 
 READINGS = ("generate", "expected")
-REASONS = ("no_tag", "unclosed", "not_a_score", "out_of_range", "conflict", "bad_calculation", "truncated")
+REASONS = ("no_tag", "unclosed", "not_a_score", "out_of_range", "conflict", "bad_calculation",
+           "truncated")
 
 
 @torch.no_grad()
 def last_hidden(model: Llama, rows: list[list[int]], batch_tokens: int) -> Tensor:
-    """Hidden state at each row's last token, (len(rows), D), at most batch_tokens padded tokens a forward pass."""
+    """Hidden state at each row's last token, (len(rows), D),
+    at most batch_tokens padded tokens a forward pass."""
     out = [None] * len(rows)
     waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while waiting:
@@ -42,43 +46,50 @@ def last_hidden(model: Llama, rows: list[list[int]], batch_tokens: int) -> Tenso
 # ---------------------------------------------------------------- reward model
 
 class RewardModel:
-    """A LlamaForSequenceClassification with one label, as Skywork-Reward-V2: the logit at the last token of the
-    chat-formatted pair (query as the user's turn, answer as the assistant's)."""
+    """A LlamaForSequenceClassification with one label, as Skywork-Reward-V2: the logit at the last
+    token of the chat-formatted pair (query as the user's turn, answer as the assistant's)."""
 
     def __init__(self, path, *, device="cpu", dtype=torch.float32, batch_tokens: int = 16384):
         self.tokenizer = Tokenizer(path)
         self.model = load_model(path, device=device, dtype=dtype)
         self.batch_tokens = batch_tokens
         if not self.model.config.scalar_head:
-            raise InputError(f"{path}: not a reward model (config.json asks for no LlamaForSequenceClassification)")
+            raise InputError(f"{path}: not a reward model (config.json asks for no "
+                             "LlamaForSequenceClassification)")
 
     def __call__(self, queries: list[str], answers: list[str], golds=None) -> Tensor:
         """(M,) fp32 on the CPU: higher is better, scale and zero are the model's own."""
-        rows = [self.tokenizer.chat([{"role": "user", "content": q}, {"role": "assistant", "content": a}],
-                                    generation_prompt=False) for q, a in zip(queries, answers)]
+        rows = [self.tokenizer.chat(
+                    [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
+                    generation_prompt=False) for q, a in zip(queries, answers)]
         with torch.no_grad():
             return self.model.score(last_hidden(self.model, rows, self.batch_tokens)).float().cpu()
 
 
 # ---------------------------------------------------------------- self-reward
 
-def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers: list[str], *, prompt: str,
-                reading: str = "generate", temperature: float = 0.0, max_new_tokens: int = 256,
-                generator: torch.Generator | None = None, batch_tokens: int = 65536) -> tuple[Tensor, list[dict]]:
-    """R_Q of each pair under the judge: scores (M,) fp32, NaN where unread, and a record a pair for the logs.
+def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers: list[str], *,
+                prompt: str, reading: str = "generate", temperature: float = 0.0,
+                max_new_tokens: int = 256, generator: torch.Generator | None = None,
+                batch_tokens: int = 65536) -> tuple[Tensor, list[dict]]:
+    """R_Q of each pair under the judge: scores (M,) fp32, NaN where unread,
+    and a record a pair for the logs.
 
     prompt: the judge's instructions, with {instruction} and {response} to fill.
-    generate: the judge writes, parse_self_reward reads; record: judgement (text), reason (None or why unread).
-    expected: the judge's turn is started with "<Score>" and the score is the expectation over the next token among
-    0..7, renormalised: one forward pass, nothing to parse; record: mass, the probability that these eight had. Below
-    .5 the judge wanted to say something else.
+    generate: the judge writes, parse_self_reward reads;
+    record: judgement (text), reason (None or why unread).
+    expected: the judge's turn is started with "<Score>" and the score is the expectation over the
+    next token among 0..7, renormalised: one forward pass, nothing to parse; record: mass, the
+    probability that these eight had. Below .5 the judge wanted to say something else.
     """
-    turns = [[{"role": "user", "content": fill(prompt, instruction=q, response=a)}] for q, a in zip(queries, answers)]
+    turns = [[{"role": "user", "content": fill(prompt, instruction=q, response=a)}]
+             for q, a in zip(queries, answers)]
     prompts = [tokenizer.chat(turn) for turn in turns]
     if reading == "expected":
         digits = [tokenizer.encode(str(k)) for k in range(8)]
         if any(len(d) != 1 for d in digits):
-            raise InputError("--self-reward expected needs a tokenizer with one token for each of the digits 0..7")
+            raise InputError("--self-reward expected needs a tokenizer with one token "
+                             "for each of the digits 0..7")
         start = tokenizer.encode("<Score>")
         hidden = last_hidden(judge, [p + start for p in prompts], batch_tokens)
         with torch.no_grad():
@@ -97,9 +108,11 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
 
 
 def fill_unread(scores: Tensor) -> Tensor:
-    """(N, G) scores with NaN where unread -> the same without: the mean of the query's read ones, else of all, else 0.
+    """(N, G) scores with NaN where unread -> the same without:
+    the mean of the query's read ones, else of all, else 0.
 
-    A constant such as 0 would punish answers for the judge's failure; the group's mean leaves their advantage alone.
+    A constant such as 0 would punish answers for the judge's failure;
+    the group's mean leaves their advantage alone.
     """
     overall = scores.nanmean().nan_to_num(0.0)
     per_query = scores.nanmean(dim=1, keepdim=True).nan_to_num(overall.item())   # (N, 1)
@@ -107,16 +120,19 @@ def fill_unread(scores: Tensor) -> Tensor:
 
 
 # Possessive quantifiers (*+) never back up: a megabyte of "<   <   <" is read in linear time.
-TAG = re.compile(r"<[ \t\r\n]*+(/?)[ \t\r\n]*+(score|calculation)[ \t\r\n]*+>", re.IGNORECASE | re.ASCII)
+TAG = re.compile(r"<[ \t\r\n]*+(/?)[ \t\r\n]*+(score|calculation)[ \t\r\n]*+>",
+                 re.IGNORECASE | re.ASCII)
 SUM = re.compile(r"([01](?:[ \t]*+\+[ \t]*+[01]){6})[ \t]*+(?:=[ \t]*+([0-7]))?")
 
 
 def parse_self_reward(text: str, *, stopped: bool = True) -> tuple[int | None, str | None]:
-    """A judgement's score 0..7 and None, or None and the reason, one of REASONS. Total: any string, linear time.
+    """A judgement's score 0..7 and None, or None and the reason, one of REASONS.
+    Total: any string, linear time.
 
-    Valid is a whole <Score>k</Score>, k one ASCII digit 0..7, the tags in any case, blanks allowed; several must agree;
-    a <Calculation>, where there is one, holds seven terms of 0 or 1 that sum to k. Nothing is guessed: a judge that
-    does not keep to the form is counted, not repaired. stopped=False: the token limit cut the judgement off.
+    Valid is a whole <Score>k</Score>, k one ASCII digit 0..7, the tags in any case, blanks allowed;
+    several must agree; a <Calculation>, where there is one, holds seven terms of 0 or 1 that sum to
+    k. Nothing is guessed: a judge that does not keep to the form is counted, not repaired.
+    stopped=False: the token limit cut the judgement off.
     """
     inside = {"score": [], "calculation": []}
     broken = set()                                                 # kinds whose tags do not pair up
@@ -140,7 +156,8 @@ def parse_self_reward(text: str, *, stopped: bool = True) -> tuple[int | None, s
         return None, "truncated" if not stopped else "unclosed" if "score" in broken else "no_tag"
     for value in inside["score"]:
         if not re.fullmatch(r"[0-7]", value):
-            return None, "out_of_range" if re.fullmatch(r"-[0-9]+|[89]|[1-9][0-9]+", value) else "not_a_score"
+            return None, ("out_of_range" if re.fullmatch(r"-[0-9]+|[89]|[1-9][0-9]+", value)
+                          else "not_a_score")
     if len(set(inside["score"])) > 1:
         return None, "conflict"
     score = int(inside["score"][0])
@@ -155,13 +172,15 @@ def parse_self_reward(text: str, *, stopped: bool = True) -> tuple[int | None, s
 
 # ---------------------------------------------------------------- verifiable rewards
 
-NUMBER = re.compile(r"(?<![0-9A-Za-z)])-\$?(?=[.]?[0-9])|[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])(?:\.[0-9]+)?"
+NUMBER = re.compile(r"(?<![0-9A-Za-z)])-\$?(?=[.]?[0-9])"
+                    r"|[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])(?:\.[0-9]+)?"
                     r"|[0-9]++(?:\.[0-9]+)?|\.[0-9]+")
 
 
 def last_number(text: str) -> Decimal | None:
     """The last number of a text as GSM8K writes them ($1,234.50, -3, 42., \\boxed{7}), or None."""
-    text = text.replace("{,}", ",").replace("\u2212", "-")                   # LaTeX's thousands comma, the minus sign
+    # LaTeX's thousands comma, the minus sign.
+    text = text.replace("{,}", ",").replace("\u2212", "-")
     sign, last = "", None
     for match in NUMBER.finditer(text):
         if match[0][0] == "-":
@@ -173,10 +192,12 @@ def last_number(text: str) -> Decimal | None:
 
 def exact(queries: list[str], answers: list[str], golds: list[str]) -> Tensor:
     """1.0 where the answer's last number equals the gold answer's, else 0.0: (M,) fp32."""
-    right = [(n := last_number(a)) is not None and n == last_number(g) for a, g in zip(answers, golds)]
+    right = [(n := last_number(a)) is not None and n == last_number(g)
+             for a, g in zip(answers, golds)]
     return torch.tensor(right, dtype=torch.float32)
 
 
-# By name. A verifiable reward is 0 for an answer that the token limit cut off (train.py): "#### 4" may be half of 42.
+# By name. A verifiable reward is 0 for an answer that the token limit cut off (train.py):
+# "#### 4" may be half of 42.
 VERIFIABLE = {"exact": exact, "tiny": tiny_world.reward}
 NEED_GOLD = ("exact",)

@@ -33,9 +33,9 @@ def run_script(main):
 
 
 def add_flags(parser: Parser, settings_class):
-    """A flag for each field of a dataclass of settings; only those given appear in the namespace."""
+    """A flag for each field of a dataclass of settings; only those given reach the namespace."""
     for f in fields(settings_class):
-        kinds = getattr(f.type, "__args__", (f.type,))                       # str | None -> (str, NoneType)
+        kinds = getattr(f.type, "__args__", (f.type,))             # str | None -> (str, NoneType)
         default = "" if f.default in (None, False) else f" (default {f.default})"
         how = {"action": "store_true"} if bool in kinds else {
             "type": kinds[0], "choices": f.metadata["choices"]}
@@ -46,7 +46,7 @@ def add_flags(parser: Parser, settings_class):
 # ---------------------------------------------------------------- one run's folder
 
 def make_folder(out: str | None, name: str) -> Path:
-    """A new folder: `out`, or runs/NAME, then runs/NAME-2, -3, ... Nothing that exists is written into."""
+    """A new folder: `out`, or runs/NAME, else runs/NAME-2, -3, ... None that exists is touched."""
     base = Path(out) if out else Path("runs") / name
     tries = [base] if out else [base, *(base.with_name(f"{name}-{k}") for k in range(2, 10000))]
     for path in tries:
@@ -71,7 +71,7 @@ def append_line(path: Path, record: dict):
 
 
 def save_checkpoint(out: Path, step: int, write) -> Path:
-    """checkpoint-000050/, whole or not at all: write(folder) fills a .tmp folder, renamed when complete.
+    """checkpoint-000050/, whole or not at all: write(folder) fills a .tmp folder, then renamed.
 
     `checkpoint` is then turned to it: a relative link to the newest whole one.
     """
@@ -88,7 +88,7 @@ def save_checkpoint(out: Path, step: int, write) -> Path:
 
 
 class StopRequest:
-    """True once Ctrl-C or SIGTERM has come: the loop ends after its step. A second one stops at once."""
+    """True once Ctrl-C or SIGTERM has come: the loop ends after its step. Another stops at once."""
 
     def __init__(self):
         self.signal = 0
@@ -97,8 +97,8 @@ class StopRequest:
 
     def _take(self, number, frame):
         self.signal = number
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving (again: stop at once)",
-              flush=True)
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving "
+              "(again: stop at once)", flush=True)
         for n in (signal.SIGINT, signal.SIGTERM):
             signal.signal(n, signal.default_int_handler)
 
@@ -114,18 +114,19 @@ def share(flags: list) -> float | None:
 
 
 def measure(s, r) -> dict:
-    """What a train.Round says about the game; README.md tells what each means. None: no such thing here."""
+    """What a train.Round says about the game; README.md explains each. None: no such thing here."""
     rows = [row for group in r.answer_rows for row in group]
+    flat = r.A_sol[r.kept].abs().amax(1) < 1e-6                        # (kept queries,)
     reasons = [j["reason"] for j in r.judgements if "reason" in j]
     failures = Counter(reason for reason in reasons if reason)
     return {
         "reward": r.R.mean().item(),
         "quality": None if r.R_Q is None else r.R_Q.mean().item(),
         "value_spread": r.R.mean(1).std(correction=0).item(),
-        "flat_groups": (r.A_sol[r.kept].abs().amax(1) < 1e-6).float().mean().item() if r.kept.any() else None,
+        "flat_groups": share(flat.tolist()),
         "challenger_advantage": None if r.A_ch is None else r.A_ch.abs().mean().item(),
         "distinct_queries": len(set(r.queries)) / len(r.queries),
-        "leaked_tags": share(["Start Generation]" in q or "End Generation]" in q for q in r.queries]),
+        "leaked_tags": share(["[Start Gen" in q or "[End Gen" in q for q in r.queries]),
         "held_out_queries": 1 - r.kept.float().mean().item(),
         "query_length": share([len(row.tokens) for row in r.query_rows]),
         "answer_length": share([len(row.tokens) for row in rows]),
@@ -158,7 +159,7 @@ def step_line(s, m: dict) -> str:
 
 
 def eval_line(s, record: dict) -> str:
-    """An evaluation's line: held-out figures, and in the embedded world accuracy and query shares."""
+    """An evaluation's line: held-out figures; in the embedded world accuracy and query shares."""
     line = f"eval {record['step']:>{len(str(s.steps))}}/{s.steps}"
     if "win_rate" in record:
         line += (f"  held-out reward {record['reward']:.3f}  win-rate against the start "
@@ -172,12 +173,14 @@ def eval_line(s, record: dict) -> str:
 def closing_lines(out: Path, evals: list[dict]) -> str:
     """The end of a run: before and after, and where everything lies."""
     lines = []
-    for key, title in (("accuracy", "held-out accuracy, greedy"), ("challenger", "Challenger's queries")):
+    titles = {"accuracy": "held-out accuracy, greedy", "challenger": "Challenger's queries"}
+    for key, title in titles.items():
         if evals and evals[-1].get(key):
             lines += ["", f"{title:30}before   after"] + [
                 f"  {k:26}{evals[0][key][k]:8.3f}{v:8.3f}" for k, v in evals[-1][key].items()]
-    return "\n".join([*lines, "", f"curves      {out}/metrics.jsonl" + " and eval.jsonl" * bool(evals),
-                      f"samples     {out}/samples.jsonl", f"checkpoint  {out}/checkpoint"])
+    curves = f"curves      {out}/metrics.jsonl" + " and eval.jsonl" * bool(evals)
+    return "\n".join([*lines, "", curves, f"samples     {out}/samples.jsonl",
+                      f"checkpoint  {out}/checkpoint"])
 
 
 def samples(r, step: int):
@@ -191,8 +194,8 @@ def samples(r, step: int):
             "challenger_advantage": None if r.A_ch is None else r.A_ch[n].item(),
             "answers": [{
                 "answer": r.answers[n][g], "stopped": r.answer_rows[n][g].stopped,
-                "reward": r.R[n, g].item(), "quality": None if r.R_Q is None else r.R_Q[n, g].item(),
-                "advantage": r.A_sol[n, g].item(),
+                "reward": r.R[n, g].item(), "advantage": r.A_sol[n, g].item(),
+                "quality": None if r.R_Q is None else r.R_Q[n, g].item(),
             } | (r.judgements[n * G + g] if r.judgements else {}) for g in range(G)]}
 
 

@@ -1,7 +1,7 @@
 """The settings of a run: one dataclass, from which train.py's flags are made, presets, and checks.
 
-Command line, over the model's preset, over the algorithm's preset, over the defaults. A model's preset
-is the file training.json in its directory; checkpoints carry it, so that a second stage keeps its world.
+Command line, over the model's preset, over the algorithm's preset, over the defaults. A model's
+preset is training.json in its directory; checkpoints carry it: a second stage keeps its world.
 """
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import lsp
 import rewards
 from files import HERE, InputError, find_model, read_json
+from tiny.world import MIXES
 
 
 def setting(default, help, least=None, choices=None):
@@ -17,25 +18,25 @@ def setting(default, help, least=None, choices=None):
 
 @dataclass
 class Settings:
-    """The paper's Table 1 where it speaks; where it is silent, the help text says so or gives the reason."""
-    model: str = setting("tiny", "policy: a known name, a directory, a hub id, or a run's checkpoint")
+    """The paper's Table 1 where it speaks; where it is silent, the help says so or why."""
+    model: str = setting("tiny", "policy: a known name, a directory, a hub id, a run's checkpoint")
     algo: str = setting("lsp", "lsp: with self-reward; lsp-zero: without; grpo: on --prompts",
                         choices=("lsp", "lsp-zero", "grpo"))
-    reward: str = setting("skywork-v2-3b", "R: a reward model's name, directory or hub id; or exact "
-                          "(last number against the gold answer); or tiny (the embedded world's sums)")
-    reward_scale: float = setting(1.0, "R is multiplied by this: it is added to a self-reward of 0..7", 0)
-    reference: str | None = setting(None, "frozen model of the KL term (default: the starting model)")
-    judge: str | None = setting(None, "frozen model that gives the self-reward (default: the reference)")
-    self_reward: str | None = setting(None, "reading of the judge: generate (it writes, we parse: the paper, "
-                                      "and lsp's default) or expected (expectation over the score's token)",
-                                      choices=rewards.READINGS)
+    reward: str = setting("skywork-v2-3b", "R: a reward model's name, directory or hub id; exact "
+                          "(last number against the gold answer); tiny (the embedded sums)")
+    reward_scale: float = setting(1.0, "R is multiplied by it, to stand beside R_Q's 0..7", 0)
+    reference: str | None = setting(None, "frozen model of the KL term (default: the start)")
+    judge: str | None = setting(None, "frozen model of the self-reward (default: the reference)")
+    self_reward: str | None = setting(None, "how the judge is read: generate (it writes, we parse; "
+                                      "the paper's, and lsp's default) or expected (expectation "
+                                      "over the score's token)", choices=rewards.READINGS)
     judge_temperature: float = setting(0.0, "0: greedy, so that one pair has one score", 0)
-    task: str = setting("None", "fills {task} of the Challenger's prompt; None: its own judgement")
+    task: str = setting("None", "fills {task} of the Challenger's prompt; None: its judgement")
     template: str = setting("None", "fills {template} of the Challenger's prompt")
-    challenger_prompt: str | None = setting(None, "file (default: the model's own prompts/, else ours)")
-    self_reward_prompt: str | None = setting(None, "file (default: the model's own prompts/, else ours)")
-    prompts: str | None = setting(None, "grpo: JSON list or JSON lines with instruction, question, problem "
-                                  "or prompt; in the embedded world also: easy, balanced")
+    challenger_prompt: str | None = setting(None, "file (default: the model's prompts/, else ours)")
+    self_reward_prompt: str | None = setting(None, "file (default: the model's prompts/, or ours)")
+    prompts: str | None = setting(None, "grpo: JSON list or JSON lines with instruction, question, "
+                                  "problem or prompt; in the embedded world easy or balanced")
 
     queries: int = setting(8, "N, queries a step", 1)
     answers: int = setting(8, "G, answers a query (the paper does not say)", 2)
@@ -50,14 +51,14 @@ class Settings:
     mask_truncated: bool = setting(False, "leave cut-off queries and answers out of the loss")
 
     learning_rate: float = setting(3e-6, "of AdamW, at its highest", 0)
-    final_lr_share: float = setting(0.0, "share of the learning rate at which the linear decay ends", 0)
+    final_lr_share: float = setting(0.0, "share of it at which the linear decay ends", 0)
     warmup: int = setting(0, "steps of linear warm-up", 0)
     weight_decay: float = setting(0.0, "AdamW's", 0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: any", 0)
-    micro_batch_tokens: int = setting(8192, "padded tokens a forward and backward pass; changes no gradient", 1)
-    batch_tokens: int = setting(65536, "tokens in the sampler's cache at once; changes no completion", 1)
+    micro_batch_tokens: int = setting(8192, "padded tokens a pass; changes no gradient", 1)
+    batch_tokens: int = setting(65536, "tokens in the sampler's cache; changes no completion", 1)
 
-    eval_prompts: str | None = setting(None, "held-out prompts: reward, and win-rate against the start")
+    eval_prompts: str | None = setting(None, "held-out prompts: reward, win-rate against the start")
     eval_every: int = setting(50, "steps between evaluations", 1)
     save_every: int = setting(50, "steps between checkpoints", 1)
     seed: int = setting(0, "of everything random", 0)
@@ -100,19 +101,22 @@ def check(s: Settings):
     for f in fields(s):
         value, least = getattr(s, f.name), f.metadata["least"]
         if least is not None and not least <= value < float("inf"):
-            raise InputError(f"--{f.name.replace('_', '-')} must be at least {least}, found {value}")
+            flag = "--" + f.name.replace("_", "-")
+            raise InputError(f"{flag} must be at least {least}, found {value}")
     if not 0 < s.temperature < float("inf"):
-        raise InputError(f"--temperature {s.temperature}: training samples from a distribution: above 0")
+        raise InputError(f"--temperature {s.temperature}: training needs a distribution: above 0")
     if s.algo == "grpo" and not s.prompts:
         raise InputError("--algo grpo learns from data: give --prompts FILE")
-    if s.algo == "grpo" and s.prompts in ("easy", "balanced") and s.reward != "tiny":
-        raise InputError(f"--prompts {s.prompts} is for the embedded world (--model tiny): give a file")
+    if s.algo == "grpo" and s.prompts in MIXES and s.reward != "tiny":
+        raise InputError(f"--prompts {s.prompts} belongs to the embedded world: give a file")
     if s.algo != "grpo" and s.prompts:
-        raise InputError(f"--prompts is for --algo grpo; in {s.algo} the Challenger writes the queries")
+        raise InputError(f"--prompts is for --algo grpo; {s.algo}'s queries are the Challenger's")
     if s.algo != "grpo" and s.queries < 2:
-        raise InputError(f"--queries {s.queries}: the Challenger's advantage compares queries: at least 2")
+        raise InputError(f"--queries {s.queries}: the Challenger's advantage compares queries: "
+                         "at least 2")
     if s.algo != "grpo" and s.reward in rewards.NEED_GOLD:
-        raise InputError(f"--reward {s.reward} needs gold answers, a Challenger's query has none: --algo grpo")
+        raise InputError(f"--reward {s.reward} needs gold answers, which a Challenger's query "
+                         "lacks: --algo grpo")
     if s.algo != "lsp" and s.self_reward:
         raise InputError(f"--self-reward is for --algo lsp; {s.algo} has none")
 

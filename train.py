@@ -1,17 +1,19 @@
 """Train a Llama by Language Self-Play (arXiv 2509.07414, Algorithm 1), or by GRPO on given prompts.
 
-    python train.py --model llama-3.2-3b                         # LSP at the paper's settings, one GPU
-    python train.py --model llama-3.2-3b --algo lsp-zero         # the bare zero-sum game
+    python train.py                                        # the embedded model, a minute on a CPU
+    python train.py --model llama-3.2-3b                   # LSP at the paper's settings, one GPU
+    python train.py --model llama-3.2-3b --algo lsp-zero   # the bare zero-sum game
     python train.py --model llama-3.2-3b --algo grpo --prompts alpaca.json
-    python train.py --model runs/A/checkpoint --algo grpo --prompts alpaca.json      # a second stage
-    python train.py --model smollm2-135m --watch                 # one round as a transcript, no update
+    python train.py --model runs/A/checkpoint --algo grpo --prompts alpaca.json    # a second stage
+    python train.py --watch                                # one round as a transcript, no update
 
-Departures from the paper: KL as k2, since the printed term pulls nowhere (lsp.py; --kl paper for the
-letter). GRPO is Eq. 4 on given prompts: no division by the standard deviation, and no clipping, which
-could never bind, every batch being used once. Shapes: N queries, G answers a query, B rows of a
-micro-batch, L tokens of the longest row, T of the longest completion, M of all completions, D hidden size.
+Departures from the paper: KL as k2, since the printed term pulls nowhere (lsp.py; --kl paper for
+the letter). GRPO is Eq. 4 on given prompts: no division by the standard deviation, and no clipping,
+which could never bind, every batch being used once. Shapes: N queries, G answers a query, B rows of
+a micro-batch, L tokens of its longest row, T of its longest completion, M of all, D hidden size.
 """
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -25,7 +27,7 @@ import lsp
 import rewards
 import runs
 from chat import Tokenizer, fill
-from data import CHALLENGE, JUDGE, SOLVE, draw, generator, read_data
+from data import CHALLENGE, EVALUATE, JUDGE, SOLVE, draw, generator, read_data
 from files import InputError, find_model, pick_device, read_prompt
 from memory import MasterAdamW
 from model import Llama, load_model, save_model
@@ -53,8 +55,10 @@ class Game:
 
 
 def set_up(s: Settings) -> Game:
-    """Read and load everything that the settings name; the small files first, so that errors come early."""
+    """Read and load all that the settings name; small files first, so that errors come early."""
     device, dtype = pick_device(s.device)
+    if s.reward == "tiny" and device.type == "cpu":
+        torch.set_num_threads(1)           # matrices this small: threads would wait for each other
     load = lambda path, dtype=dtype: load_model(path, device=device, dtype=dtype)
     start = find_model(s.model)
     reference_path = find_model(s.reference) if s.reference else start
@@ -71,20 +75,21 @@ def set_up(s: Settings) -> Game:
         prompt = fill(read_prompt(s.challenger_prompt), task=s.task, template=s.template)
         game.challenger_prompt = tokenizer.chat([{"role": "user", "content": prompt}])
     if s.self_reward:
-        game.judge_tokenizer, game.judge_prompt = Tokenizer(judge_path), read_prompt(s.self_reward_prompt)
+        game.judge_tokenizer = Tokenizer(judge_path)
+        game.judge_prompt = read_prompt(s.self_reward_prompt)
     if not game.reward:
         game.reward = rewards.RewardModel(find_model(s.reward), device=device, dtype=dtype)
     shared = s.self_reward and judge_path == reference_path
     game.reference = load(reference_path) if s.beta or shared else None
     if s.self_reward:
         game.judge = game.reference if shared else load(judge_path)
-    game.policy = load(start, torch.float32)           # its masters' precision; MasterAdamW makes it bf16
+    game.policy = load(start, torch.float32)     # its masters' precision; MasterAdamW makes it bf16
     if game.reference and game.reference.config.vocab_size != game.policy.config.vocab_size:
-        raise InputError(f"--reference {s.reference}: another vocabulary than the policy's, so no KL")
+        raise InputError(f"--reference {s.reference}: another vocabulary than the policy's")
     return game
 
 
-# ---------------------------------------------------------------- play: challenge, solve, score, advantages
+# ----------------------------------------------------- challenge, solve, score, advantages
 
 @dataclass
 class Round:
@@ -106,7 +111,7 @@ class Round:
 
 
 def play(game: Game, step: int) -> Round:
-    """Algorithm 1 up to the update. Everything random in it depends on the seed and the step alone."""
+    """Algorithm 1 up to the update. What is random in it depends on the seed and the step alone."""
     s, G = game.settings, game.settings.answers
     seconds, tokens, clock = {}, {}, [time.perf_counter()]
 
@@ -114,9 +119,10 @@ def play(game: Game, step: int) -> Round:
         clock.append(time.perf_counter())
         seconds[phase], tokens[phase] = clock[-1] - clock[-2], sum(len(row.tokens) for row in rows)
 
-    speak = dict(temperature=s.temperature, stop_ids=game.tokenizer.stop_ids, batch_tokens=s.batch_tokens)
+    speak = dict(temperature=s.temperature, stop_ids=game.tokenizer.stop_ids,
+                 batch_tokens=s.batch_tokens)
 
-    # Challenge: q ~ pi_Ch(q) = pi(q | <cp>). The query is what was written, all of it, and nothing else.
+    # Challenge: q ~ pi_Ch(q) = pi(q | <cp>). The query is all that was written, and nothing else.
     if game.data:
         query_rows = []
         queries, golds = map(list, zip(*draw(game.data, s.queries, s.seed, step)))
@@ -124,7 +130,8 @@ def play(game: Game, step: int) -> Round:
         (query_rows,) = sample(game.policy, [game.challenger_prompt], num_samples=s.queries,
                                max_new_tokens=s.query_tokens,
                                generator=generator(s.seed, step, CHALLENGE), **speak)
-        queries, golds = [text_of(game.tokenizer, row) for row in query_rows], [None] * s.queries
+        queries = [text_of(game.tokenizer, row) for row in query_rows]
+        golds = [None] * s.queries
         lap("challenge", query_rows)
 
     # Solve: a ~ pi_Sol(a|q) = pi(a | q as a plain user turn), G times.
@@ -140,7 +147,7 @@ def play(game: Game, step: int) -> Round:
     at = torch.tensor([number[t] for t in triples]).view(-1, G)                      # (N, G)
     asked, answered, gold = map(list, zip(*number))
     R = game.reward(asked, answered, gold)[at]                                       # (N, G)
-    if s.reward in rewards.VERIFIABLE:       # cut off is not answered: "#### 4" may be the half of 42
+    if s.reward in rewards.VERIFIABLE:     # cut off is not answered: "#### 4" may be half of 42
         R = R * torch.tensor([[row.stopped for row in group] for group in answer_rows])
     lap("reward")
     R_Q, judgements = None, []
@@ -157,15 +164,16 @@ def play(game: Game, step: int) -> Round:
         lap("judge")
 
     # Advantages, over the queries that may be learnt from.
-    kept = torch.tensor([not (game.world and game.world.is_held_out(q)) for q in queries])   # (N,)
+    keep = lambda query: not (game.world and game.world.is_held_out(query))
+    kept = torch.tensor([keep(q) for q in queries])                                  # (N,)
     quality = None if R_Q is None else R_Q[kept]
     A_sol = torch.zeros_like(R)                                                      # (N, G)
     A_sol[kept] = lsp.solver_advantages(s.reward_scale * R[kept], quality)           # Eq. 3
     A_ch = torch.zeros(len(queries)) if query_rows else None                         # (N,)
     if query_rows and kept.sum() >= 2:
         A_ch[kept] = lsp.challenger_advantages(s.reward_scale * R[kept], quality)    # Eq. 3
-    return Round(queries, golds, query_rows, solver_prompts, answer_rows, answers, R, R_Q, judgements,
-                 kept, A_sol, A_ch, seconds, tokens)
+    return Round(queries, golds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
+                 judgements, kept, A_sol, A_ch, seconds, tokens)
 
 
 # ---------------------------------------------------------------- update
@@ -180,7 +188,7 @@ class Row:
 
 
 def merge(rows: list[Row]) -> list[Row]:
-    """Equal rows as one with their number and summed advantage: the same gradient, computed once."""
+    """Equal rows as one, with their number and summed advantage: the same gradient, once."""
     merged = {}
     for row in rows:
         first = merged.setdefault((tuple(row.prompt), tuple(row.completion.tokens)),
@@ -191,46 +199,46 @@ def merge(rows: list[Row]) -> list[Row]:
 
 
 def completion_logp(model: Llama, rows: list[Row], temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs of the rows' completion tokens, (B, T), 0 beyond their ends, and the mask (B, T)."""
+    """Log-probs of the rows' completion tokens (B, T), 0 beyond their ends, and the mask (B, T)."""
     device = model.model.embed_tokens.weight.device
-    tokens, lengths = pad([row.prompt + row.completion.tokens for row in rows], device)      # (B, L)
-    start = torch.tensor([len(row.prompt) for row in rows], device=device)                   # (B,)
+    tokens, lengths = pad([row.prompt + row.completion.tokens for row in rows], device)    # (B, L)
+    start = torch.tensor([len(row.prompt) for row in rows], device=device)                 # (B,)
     longest = max(len(row.completion.tokens) for row in rows)
-    mask = torch.arange(longest, device=device) < (lengths - start)[:, None]                 # (B, T)
-    b, t = mask.nonzero(as_tuple=True)                                                       # (M,) each
-    at = start[b] + t                                            # (M,)   the token's place in its row
-    hidden = model(tokens)[b, at - 1]                            # (M, D) the state before predicts it
-    logp = model.log_probs(hidden, tokens[b, at], temperature=temperature)                   # (M,)
+    mask = torch.arange(longest, device=device) < (lengths - start)[:, None]               # (B, T)
+    b, t = mask.nonzero(as_tuple=True)                                                    # (M,), (M,)
+    at = start[b] + t                                          # (M,)   the token's place in its row
+    hidden = model(tokens)[b, at - 1]                          # (M, D) the state before predicts it
+    logp = model.log_probs(hidden, tokens[b, at], temperature=temperature)                 # (M,)
     return logp.new_zeros(mask.shape).index_put((b, t), logp), mask
 
 
 def accumulate(game: Game, rows: list[Row], weight: float) -> Counter:
-    """Add the gradient of weight * (Eq. 4 or 5) over these rows to the policy's; statistics as sums.
+    """Add the gradient of weight * (Eq. 4 or 5) over these rows to the policy's; return sums.
 
-    The loss is normalised by the number of all rows before it is cut into micro-batches, so that their
-    size changes nothing (test_micro_batch_size_changes_no_gradient).
+    The loss is normalised by the number of all rows before it is cut into micro-batches, so that
+    their size changes nothing (test_micro_batch_size_changes_no_gradient).
     """
     s, sums = game.settings, Counter()
     count, rows = len(rows), merge(rows)
     length = lambda i: len(rows[i].prompt) + len(rows[i].completion.tokens)
     waiting = sorted(range(len(rows)), key=length)
     while waiting:
-        batch = [rows[i] for i in take_batch(waiting, length, [0] * len(rows), s.micro_batch_tokens)]
-        logp, mask = completion_logp(game.policy, batch, s.temperature)                      # (B, T) each
+        taken = take_batch(waiting, length, [0] * len(rows), s.micro_batch_tokens)
+        batch = [rows[i] for i in taken]
+        logp, mask = completion_logp(game.policy, batch, s.temperature)                    # (B, T)
         ref_logp = None
         if s.beta:
             with torch.no_grad():
-                ref_logp, _ = completion_logp(game.reference, batch, s.temperature)          # (B, T)
-        column = lambda values: torch.tensor(values, device=logp.device, dtype=logp.dtype)   # (B,)
-        advantages = column([row.advantage for row in batch])
-        copies = column([row.copies for row in batch])
+                ref_logp, _ = completion_logp(game.reference, batch, s.temperature)        # (B, T)
+        advantages = logp.new_tensor([row.advantage for row in batch])                     # (B,)
+        copies = logp.new_tensor([row.copies for row in batch])                            # (B,)
         if s.mask_truncated:
-            stopped = column([row.completion.stopped for row in batch])
+            stopped = logp.new_tensor([row.completion.stopped for row in batch])           # (B,)
             advantages, mask = advantages * stopped, mask & stopped.bool()[:, None]
         loss, statistics = lsp.policy_loss(logp, ref_logp, advantages, mask, beta=s.beta, kl=s.kl,
                                            count=count, copies=copies)
         (weight * loss).backward()
-        sampled, _ = pad([row.completion.logp for row in batch], logp.device, logp.dtype)    # (B, T)
+        sampled, _ = pad([row.completion.logp for row in batch], logp.device, logp.dtype)  # (B, T)
         gap = ((logp.detach() - sampled).abs() * mask * copies[:, None]).sum()
         sums.update({k: v.item() for k, v in statistics.items()} | {
             "gap": gap.item(), "loss": loss.item()})
@@ -248,13 +256,13 @@ def learning_rate(s: Settings, step: int) -> float:
 def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
     """One gradient step on L = L_Sol + alpha_Ch * L_Ch; returns its metrics."""
     s = game.settings
-    solver = [Row(prompt, completion, advantage)
-              for prompt, group, row, keep in zip(r.solver_prompts, r.answer_rows, r.A_sol.tolist(), r.kept)
-              for completion, advantage in zip(group, row) if keep]
-    challenger = [Row(game.challenger_prompt, completion, advantage) for completion, advantage, keep
-                  in zip(r.query_rows, [] if r.A_ch is None else r.A_ch.tolist(), r.kept) if keep]
-    sol = accumulate(game, solver, 1.0)                                                      # Eq. 4
-    ch = accumulate(game, challenger, s.alpha_ch)                                            # Eq. 5
+    kept = r.kept.nonzero()[:, 0].tolist()
+    solver = [Row(r.solver_prompts[n], completion, advantage.item())
+              for n in kept for completion, advantage in zip(r.answer_rows[n], r.A_sol[n])]
+    challenger = [Row(game.challenger_prompt, r.query_rows[n], r.A_ch[n].item())
+                  for n in kept if r.query_rows]
+    sol = accumulate(game, solver, 1.0)                      # Eq. 4
+    ch = accumulate(game, challenger, s.alpha_ch)            # Eq. 5
     rate = learning_rate(s, step)
     norm = optimizer.step(rate, s.grad_clip)
     mean = lambda key, per, sums: sums[key] / sums[per] if sums[per] else None
@@ -266,7 +274,7 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
         "kl_challenger": mean("kl", "sequences", ch) if s.beta else None,
         "entropy_solver": entropy(sol), "entropy_challenger": entropy(ch),
         "logp_gap": (sol["gap"] + ch["gap"]) / tokens if tokens else None,
-        "grad_norm": norm, "skipped": not torch.isfinite(torch.tensor(norm)).item(), "learning_rate": rate,
+        "grad_norm": norm, "skipped": not math.isfinite(norm), "learning_rate": rate,
     }
 
 
@@ -281,27 +289,31 @@ def greedy(game: Game, queries: list[str]) -> list[str]:
 
 
 def evaluate(game: Game, held_out: list, start_answers: list[str] | None) -> tuple[dict, list[str]]:
-    """Greedy answers to held-out prompts: mean reward, win-rate against the starting model's answers.
+    """Greedy answers to held-out prompts: mean reward, win-rate against the start's answers.
 
-    A win is a higher reward for the same prompt, a tie counts half. The reward is the run's own, so a
-    rise here can still be a weakness of the reward. start_answers None: these are the first ones.
+    A win is a higher reward for the same prompt, a tie counts half. The reward is the run's own, so
+    a rise here can still be a weakness of the reward. start_answers None: these are the first ones.
     """
     queries, golds = map(list, zip(*held_out))
     answers = greedy(game, queries)
-    ours, theirs = (game.reward(queries, a, golds) for a in (answers, start_answers or answers))     # (len,)
+    ours = game.reward(queries, answers, golds)                                            # (len,)
+    theirs = game.reward(queries, start_answers or answers, golds)                         # (len,)
     wins = (ours > theirs).float() + (ours == theirs).float() / 2
-    return {"reward": ours.mean().item(), "win_rate": wins.mean().item(), "n": len(held_out)}, answers
+    record = {"reward": ours.mean().item(), "win_rate": wins.mean().item(), "n": len(held_out)}
+    return record, answers
 
 
 def evaluate_world(game: Game) -> dict:
-    """The embedded world: greedy accuracy on all held-out sums, and what 1,000 sampled queries are."""
+    """The embedded world: greedy accuracy on all held-out sums; what 1,000 sampled queries are."""
     s, queries = game.settings, game.world.held_out_queries()
     record = {"accuracy": game.world.accuracy(queries, greedy(game, queries)), "challenger": None}
     if game.challenger_prompt:
-        (rows,) = sample(game.policy, [game.challenger_prompt], num_samples=1000, temperature=s.temperature,
-                         max_new_tokens=s.query_tokens, stop_ids=game.tokenizer.stop_ids,
-                         generator=generator(s.seed, 0, CHALLENGE), batch_tokens=s.batch_tokens)
-        record["challenger"] = game.world.challenger_shares([text_of(game.tokenizer, row) for row in rows])
+        (rows,) = sample(game.policy, [game.challenger_prompt], num_samples=1000,
+                         temperature=s.temperature, max_new_tokens=s.query_tokens,
+                         stop_ids=game.tokenizer.stop_ids, batch_tokens=s.batch_tokens,
+                         generator=generator(s.seed, 0, EVALUATE))
+        asked = [text_of(game.tokenizer, row) for row in rows]
+        record["challenger"] = game.world.challenger_shares(asked)
     return record
 
 
@@ -314,7 +326,8 @@ def train(s: Settings, preset: dict):
         game.policy.to(dtype)
         print(runs.transcript(s, play(game, 0)))
         return
-    held_out = read_data(s.eval_prompts, gold=s.reward in rewards.NEED_GOLD) if s.eval_prompts else None
+    gold = s.reward in rewards.NEED_GOLD
+    held_out = read_data(s.eval_prompts, gold=gold) if s.eval_prompts else None
     out = runs.make_folder(s.out, run_name(s))
     runs.write_json(out / "config.json", asdict(s))
     print("\n".join(f"{key} = {value}" for key, value in asdict(s).items() if value is not None))
@@ -346,7 +359,7 @@ def train(s: Settings, preset: dict):
         r.seconds["update"] = done - played
         m = {"step": step} | runs.measure(s, r) | learnt | {
             "seconds": done - begun, "phase_seconds": r.seconds,
-            "tokens_per_second": {phase: n / r.seconds[phase] for phase, n in r.tokens.items() if n}}
+            "tokens_per_second": {p: n / r.seconds[p] for p, n in r.tokens.items() if n}}
         runs.append_line(out / "metrics.jsonl", m)
         for record in runs.samples(r, step):
             runs.append_line(out / "samples.jsonl", record)

@@ -1,4 +1,5 @@
-"""Small random checkpoints whose weights any numpy makes alike, so that only logits need to be stored."""
+"""Small random checkpoints whose weights any numpy makes alike,
+so that only logits need to be stored."""
 import json
 import shutil
 
@@ -11,31 +12,37 @@ from model import Llama, parse_config
 
 TOKENIZER = HERE / "tests/data/tokenizer"
 PLAIN = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 300, "hidden_size": 32,
-    "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
-    "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 300,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+    "torch_dtype": "float32", "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2,
 }
+# Short, so that kept, blended and stretched pairs all occur.
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}       # short, so that kept, blended and stretched pairs all occur
+          "original_max_position_embeddings": 64}
 CONFIGS = {
     "untied": PLAIN,
-    "llama3_tied": PLAIN | {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "tie_word_embeddings": True},
+    "llama3_tied": PLAIN | {
+        "rope_scaling": LLAMA3, "rope_theta": 500000.0, "tie_word_embeddings": True},
     "new_spelling": {k: v for k, v in PLAIN.items() if k != "rope_theta"} | {
         "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}, "tie_word_embeddings": True},
     "head_dim": PLAIN | {"head_dim": 16},
     "sharded": PLAIN,
-    "scalar_head": PLAIN | {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"},
-                            "label2id": {"score": 0}},
+    "scalar_head": PLAIN | {"architectures": ["LlamaForSequenceClassification"],
+                            "id2label": {"0": "score"}, "label2id": {"score": 0}},
 }
 
 
 def random_weights(config: dict, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Float64 weights in the order of their names: matrices ~ N(0, .25), norms around 1, never all ones."""
+    """Float64 weights in the order of their names: matrices ~ N(0, .25), norms around 1,
+    never all ones."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in sorted(Llama(parse_config(config)).named_parameters())}
+        shapes = {
+            name: p.shape for name, p in sorted(Llama(parse_config(config)).named_parameters())}
     random = np.random.RandomState(seed)     # the legacy generator: its numbers are frozen for good
-    return {name: torch.from_numpy(random.randn(*shape) * 0.25 + (len(shape) == 1)) for name, shape in shapes.items()}
+    return {name: torch.from_numpy(random.randn(*shape) * 0.25 + (len(shape) == 1))
+            for name, shape in shapes.items()}
 
 
 def random_llama(kind: str, *, dtype=torch.float32, **changes) -> Llama:
@@ -58,7 +65,8 @@ def write_checkpoint(path, kind: str, **changes):
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
         return
     names = sorted(weights)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    shards = {"model-00001-of-00002.safetensors": names[::2],
+              "model-00002-of-00002.safetensors": names[1::2]}
     for file, part in shards.items():
         save_file({n: weights[n] for n in part}, path / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {n: file for file, part in shards.items() for n in part}}

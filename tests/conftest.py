@@ -1,4 +1,5 @@
-"""Fixtures that several tests share, and --assets DIR: real tokenizers and weights (smollm2-135m, llama3-tokenizer)."""
+"""Fixtures that several tests share, and --assets DIR:
+real tokenizers and weights (smollm2-135m, llama3-tokenizer)."""
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoints import CONFIGS, random_llama, write_checkpoint  # noqa: E402
 
-# The models here are tiny: threads would only wait for each other, in this process and in those it starts.
+# The models here are tiny: threads would only wait for each other,
+# in this process and in those it starts.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -25,7 +27,8 @@ def pytest_runtest_makereport(item, call):
     """With --assets a skip is a failure: whoever gives the assets wants every test to run."""
     report = yield
     if report.skipped and item.config.getoption("--assets"):
-        report.outcome, report.longrepr = "failed", f"skipped, although --assets was given: {report.longrepr}"
+        report.outcome, report.longrepr = (
+            "failed", f"skipped, although --assets was given: {report.longrepr}")
     return report
 
 
@@ -39,7 +42,8 @@ def assets(request):
 
 @pytest.fixture
 def llama():
-    """A random Llama in float64, 37 tokens of vocabulary: differences above 1e-9 are bugs, not rounding."""
+    """A random Llama in float64, 37 tokens of vocabulary:
+    differences above 1e-9 are bugs, not rounding."""
     return random_llama("llama3_tied", dtype=torch.float64)
 
 

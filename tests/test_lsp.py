@@ -13,18 +13,21 @@ V = 5                               # vocabulary of the enumerated world: 25 seq
 # ---------------------------------------------------------------- advantages, Eq. 2-3
 
 def test_advantages_equal_hand_worked_numbers():
-    R = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])     # V = .5, 0, .75
+    # V = .5, 0, .75
+    R = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
     assert torch.allclose(lsp.solver_advantages(R), torch.tensor(
         [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, -0.75]]))
     mean = (0.5 + 0.0 + 0.75) / 3
-    assert torch.allclose(lsp.challenger_advantages(R), torch.tensor([mean - 0.5, mean, mean - 0.75]))
+    assert torch.allclose(
+        lsp.challenger_advantages(R), torch.tensor([mean - 0.5, mean, mean - 0.75]))
 
 
 def test_self_reward_is_added_for_the_solver_and_set_against_the_reward_for_the_challenger():
     R = torch.tensor([[1.0, 3.0], [0.0, 0.0]])                               # V   = 2, 0
     R_Q = torch.tensor([[7.0, 4.0], [2.0, 0.0]])                             # V_Q = 5.5, 1
     assert torch.allclose(lsp.solver_advantages(R, R_Q), torch.tensor([[0.5, -0.5], [1.0, -1.0]]))
-    assert torch.allclose(lsp.challenger_advantages(R, R_Q), torch.tensor([1.25, -1.25]))    # S = 3.5, 1
+    # S = 3.5, 1
+    assert torch.allclose(lsp.challenger_advantages(R, R_Q), torch.tensor([1.25, -1.25]))
 
 
 def test_self_reward_does_not_cancel_for_the_challenger():
@@ -54,7 +57,8 @@ def rows(seed=0, B=4, T=6):
     logits = torch.randn(B, T, V, generator=g, dtype=torch.float64)
     tokens = torch.randint(0, V, (B, T, 1), generator=g)
     mask = torch.arange(T) < torch.tensor([6, 1, 4, 3])[:B, None]
-    ref = torch.randn(B, T, V, generator=g, dtype=torch.float64).log_softmax(-1).gather(-1, tokens)[..., 0]
+    ref = torch.randn(B, T, V, generator=g, dtype=torch.float64).log_softmax(-1).gather(
+        -1, tokens)[..., 0]
     return logits, tokens, mask, ref, torch.randn(B, generator=g, dtype=torch.float64)
 
 
@@ -68,7 +72,8 @@ def test_stop_gradient_ratio_has_the_policy_gradient():
     loss, _ = lsp.policy_loss(logp_of(logits, tokens), None, A, mask, beta=0.0)
     assert torch.allclose(loss, -A.mean())                               # every ratio is 1 in value
     loss.backward()
-    # The policy gradient -1/B sum_b A_b grad log pi(a_b), log pi the sum over the tokens, by central differences.
+    # The policy gradient -1/B sum_b A_b grad log pi(a_b), log pi the sum over the tokens,
+    # by central differences.
     expected, step = torch.zeros_like(logits), 1e-5
     objective = lambda x: -(A * (logp_of(x, tokens) * mask).sum(-1)).mean()
     with torch.no_grad():
@@ -76,7 +81,8 @@ def test_stop_gradient_ratio_has_the_policy_gradient():
             shift = torch.zeros(logits.numel(), dtype=torch.float64)
             shift[i] = step
             shift = shift.view_as(logits)
-            expected.view(-1)[i] = (objective(logits + shift) - objective(logits - shift)) / (2 * step)
+            expected.view(-1)[i] = (
+                objective(logits + shift) - objective(logits - shift)) / (2 * step)
     assert (logits.grad - expected).abs().max() < 1e-8
     assert logits.grad[~mask].abs().max() == 0                               # padding moves nothing
 
@@ -86,7 +92,8 @@ def test_the_loss_is_not_normalised_by_length():
     logits.requires_grad_()
     A = torch.ones(4, dtype=torch.float64)
     lsp.policy_loss(logp_of(logits, tokens), None, A, mask, beta=0.0)[0].backward()
-    per_token = 1 - logits.detach().softmax(-1).gather(-1, tokens)[..., 0]   # |d log pi / d its own logit|
+    # |d log pi / d its own logit|
+    per_token = 1 - logits.detach().softmax(-1).gather(-1, tokens)[..., 0]
     own = logits.grad.gather(-1, tokens)[..., 0]
     assert torch.allclose(own, -per_token * mask / 4)  # 1/B for every token, in long rows and short
 
@@ -98,8 +105,8 @@ def test_micro_batches_add_up_to_the_whole_batch(kl):
     for parts in ([slice(0, 4)], [slice(0, 1), slice(1, 4)], [slice(i, i + 1) for i in range(4)]):
         x = logits.clone().requires_grad_()
         for part in parts:
-            lsp.policy_loss(logp_of(x, tokens)[part], ref[part], A[part], mask[part], beta=0.3, kl=kl,
-                            count=4)[0].backward()
+            lsp.policy_loss(logp_of(x, tokens)[part], ref[part], A[part], mask[part], beta=0.3,
+                            kl=kl, count=4)[0].backward()
         gradients.append(x.grad)
     assert all(torch.allclose(gradients[0], g, rtol=0, atol=1e-14) for g in gradients[1:])
 
@@ -112,7 +119,8 @@ def test_a_row_with_copies_counts_as_that_many_rows(kl):
     x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     whole, sums = lsp.policy_loss(logp_of(x, tokens)[at], ref[at], each, mask[at], beta=0.3, kl=kl)
     merged, merged_sums = lsp.policy_loss(
-        logp_of(y, tokens)[:3], ref[:3], torch.tensor([0.3, 1.5, 0.7], dtype=torch.float64), mask[:3], beta=0.3, kl=kl,
+        logp_of(y, tokens)[:3], ref[:3], torch.tensor([0.3, 1.5, 0.7], dtype=torch.float64),
+        mask[:3], beta=0.3, kl=kl,
         count=5, copies=torch.tensor([1.0, 3.0, 1.0], dtype=torch.float64))
     whole.backward(), merged.backward()
     assert torch.allclose(whole, merged) and torch.allclose(x.grad, y.grad)
@@ -138,30 +146,38 @@ def test_statistics_are_sums_over_sequences():
     assert (sums["tokens"].item(), sums["sequences"].item()) == (14, 4)
 
 
-# ---------------------------------------------------------------- KL estimators, all sequences of two tokens
+# ---------------------------------------------------------------- KL estimators
+# All sequences of two tokens.
 
 class World:
-    """A policy over sequences (x, y) with free logits for x and for y after each x, and a reference."""
+    """A policy over sequences (x, y) with free logits for x and for y after each x,
+    and a reference."""
 
     def __init__(self):
         g = torch.Generator().manual_seed(3)
-        self.first, self.second = (torch.randn(*n, V, generator=g, dtype=torch.float64).requires_grad_()
-                                   for n in ((1,), (V,)))
-        self.ref_first, self.ref_second = (torch.randn(*n, V, generator=g, dtype=torch.float64).log_softmax(-1)
-                                           for n in ((1,), (V,)))
-        self.x, self.y = (i.reshape(-1) for i in torch.meshgrid(torch.arange(V), torch.arange(V), indexing="ij"))
+        self.first, self.second = (
+            torch.randn(*n, V, generator=g, dtype=torch.float64).requires_grad_()
+            for n in ((1,), (V,)))
+        self.ref_first, self.ref_second = (
+            torch.randn(*n, V, generator=g, dtype=torch.float64).log_softmax(-1)
+            for n in ((1,), (V,)))
+        self.x, self.y = (
+            i.reshape(-1) for i in torch.meshgrid(torch.arange(V), torch.arange(V), indexing="ij"))
 
     def logp(self):                                                # (V * V, 2): every sequence once
-        return torch.stack([self.first.log_softmax(-1)[0, self.x], self.second.log_softmax(-1)[self.x, self.y]], -1)
+        return torch.stack([self.first.log_softmax(-1)[0, self.x],
+                            self.second.log_softmax(-1)[self.x, self.y]], -1)
 
     def ref_logp(self):
         return torch.stack([self.ref_first[0, self.x], self.ref_second[self.x, self.y]], -1)
 
     def gradient(self, scalar):
-        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(scalar, (self.first, self.second))])
+        return torch.cat([
+            g.reshape(-1) for g in torch.autograd.grad(scalar, (self.first, self.second))])
 
     def expected(self, kind):
-        """E_{sequence ~ pi}[estimate] with the sampling probabilities held fixed: what the loss sees."""
+        """E_{sequence ~ pi}[estimate] with the sampling probabilities held fixed:
+        what the loss sees."""
         logp = self.logp()
         weight = logp.sum(-1).exp().detach()                                 # pi(x, y)
         return (weight * lsp.kl_estimate(logp, self.ref_logp(), torch.ones_like(logp), kind)).sum()
@@ -171,12 +187,15 @@ class World:
         return (logp.sum(-1).exp() * (logp - self.ref_logp()).sum(-1)).sum()
 
     def fixed_prefix_kl(self, forward):
-        """Sum over prefixes of pi(prefix), held fixed, times the KL of the next-token distributions."""
+        """Sum over prefixes of pi(prefix), held fixed,
+        times the KL of the next-token distributions."""
         total = 0
         prefix = torch.cat([torch.ones(1), self.first.softmax(-1)[0].detach()])
-        for weight, ours, theirs in zip(prefix, torch.cat([self.first, self.second]).log_softmax(-1),
-                                        torch.cat([self.ref_first, self.ref_second])):
-            kl = (theirs.exp() * (theirs - ours)).sum() if forward else (ours.exp() * (ours - theirs)).sum()
+        for weight, ours, theirs in zip(
+                prefix, torch.cat([self.first, self.second]).log_softmax(-1),
+                torch.cat([self.ref_first, self.ref_second])):
+            kl = ((theirs.exp() * (theirs - ours)).sum() if forward
+                  else (ours.exp() * (ours - theirs)).sum())
             total = total + weight * kl
         return total
 
@@ -188,12 +207,14 @@ def relative(a, b):
 def test_the_printed_kl_term_has_zero_expected_gradient():
     world = World()
     assert world.gradient(world.expected("paper")).abs().max() < 1e-15
-    assert world.gradient(world.sequence_kl()).abs().max() > 0.05            # while there is something to pull back
+    # While there is something to pull back.
+    assert world.gradient(world.sequence_kl()).abs().max() > 0.05
 
 
 def test_k2_seq_has_the_gradient_of_the_sequences_reverse_kl():
     world = World()
-    assert relative(world.gradient(world.expected("k2-seq")), world.gradient(world.sequence_kl())) < 1e-12
+    assert relative(
+        world.gradient(world.expected("k2-seq")), world.gradient(world.sequence_kl())) < 1e-12
 
 
 def test_k2_has_the_gradient_of_the_next_token_reverse_kl_at_fixed_prefixes_and_no_other():

@@ -1,4 +1,5 @@
-"""The forward pass, checkpoints and chat ids against transformers, live where it is installed, stored where not."""
+"""The forward pass, checkpoints and chat ids against transformers,
+live where it is installed, stored where not."""
 import json
 import struct
 
@@ -54,13 +55,15 @@ def test_a_saved_checkpoint_opens_in_transformers_with_equal_logits(checkpoint_d
     save_model(ours, tmp_path / "saved")
     auto = (transformers.AutoModelForSequenceClassification if checkpoint_dir.name == "scalar_head"
             else transformers.AutoModelForCausalLM)
-    theirs, report = auto.from_pretrained(tmp_path / "saved", dtype=torch.float32, output_loading_info=True)
+    theirs, report = auto.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     logits = theirs(TOKENS).logits
     assert (outputs(ours, TOKENS).reshape(logits.shape) - logits).abs().max() < 1e-4
     chat = [{"role": "user", "content": "Hello"}]
     there = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
-    assert there.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) == Tokenizer(
+    assert there.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False) == Tokenizer(
         tmp_path / "saved").chat(chat)
 
 
@@ -90,7 +93,8 @@ def test_cached_steps_equal_the_full_forward_pass(llama):
     tokens = torch.randint(0, 37, (2, 11), generator=torch.Generator().manual_seed(0))
     whole = llama(tokens)
     cache = model_module.Cache(llama.config, 2, 16, device="cpu", dtype=torch.float64)
-    pieces = torch.cat([llama(part, cache=cache) for part in tokens.split([4, 1, 3, 1, 2], dim=1)], dim=1)
+    pieces = torch.cat(
+        [llama(part, cache=cache) for part in tokens.split([4, 1, 3, 1, 2], dim=1)], dim=1)
     assert (whole - pieces).abs().max() < 1e-12
 
 
@@ -101,7 +105,8 @@ def test_chunked_log_probs_equal_the_plain_ones(llama, monkeypatch):
     results = []
     for chunk in (37 * 5, 37 * 1000, None):   # five tokens at a time, all at once, no chunks at all
         monkeypatch.setattr(model_module, "LOGITS_PER_CHUNK", chunk or 1)
-        hidden = torch.randn(23, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+        hidden = torch.randn(23, 32, generator=torch.Generator().manual_seed(1),
+                             dtype=torch.float64, requires_grad=True)
         llama.zero_grad()
         logp = (llama.log_probs(hidden, targets, temperature=0.7) if chunk else
                 (llama.logits(hidden) / 0.7).log_softmax(-1).gather(-1, targets[:, None])[:, 0])
@@ -149,13 +154,15 @@ def broken(path, kind):
     elif kind == "integers":
         tensors["model.norm.weight"] = torch.zeros(32, dtype=torch.int64)
     save_file(tensors, weights)
-    return {"missing": "tensor model.norm.weight is missing", "surplus": "tensor model.extra.weight does not belong",
+    return {"missing": "tensor model.norm.weight is missing",
+            "surplus": "tensor model.extra.weight does not belong",
             "misshapen": "tensor model.norm.weight has shape (31,), config.json asks for (32,)",
             "integers": "tensor model.norm.weight has dtype I64"}[kind]
 
 
-@pytest.mark.parametrize("kind", ["architecture", "no config", "broken config", "no weights", "truncated",
-                                  "hostile header", "shard outside", "missing", "surplus", "misshapen", "integers"])
+@pytest.mark.parametrize("kind", [
+    "architecture", "no config", "broken config", "no weights", "truncated", "hostile header",
+    "shard outside", "missing", "surplus", "misshapen", "integers"])
 def test_a_broken_checkpoint_gives_one_line_that_names_the_file_or_tensor(tmp_path, kind):
     write_checkpoint(tmp_path / "m", "untied")
     message = broken(tmp_path / "m", kind)
@@ -174,9 +181,12 @@ def test_a_missing_shard_is_named(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"hidden_act": "gelu"}, "hidden_act"), ({"attention_bias": True}, "attention_bias"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"), ({"vocab_size": "many"}, "vocab_size"),
-    ({"num_attention_heads": 0}, "num_attention_heads"), ({"num_key_value_heads": 3}, "not a multiple"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"), ({"rope_scaling": [1]}, "must be an object"),
-    ({"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}, "one label"),
+    ({"num_attention_heads": 0}, "num_attention_heads"),
+    ({"num_key_value_heads": 3}, "not a multiple"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"rope_scaling": [1]}, "must be an object"),
+    ({"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}},
+     "one label"),
 ])
 def test_a_config_that_this_forward_pass_does_not_do_is_refused(change, message):
     with pytest.raises(InputError, match=message):
@@ -186,9 +196,12 @@ def test_a_config_that_this_forward_pass_does_not_do_is_refused(change, message)
 # ---------------------------------------------------------------- the hub, played by a stand-in
 
 @pytest.mark.parametrize("name, error, words", [
-    ("llama-3.2-3b", errors.GatedRepoError, ["meta-llama/Llama-3.2-3B-Instruct", "accept its licence", "hf auth login"]),
-    ("nobody/nothing", errors.RepositoryNotFoundError, ["nobody/nothing", "knows no such", "smollm2-135m"]),
-    ("smollm2-135m", errors.LocalEntryNotFoundError, ["could not be reached", "hf download", "--local-dir"]),
+    ("llama-3.2-3b", errors.GatedRepoError,
+     ["meta-llama/Llama-3.2-3B-Instruct", "accept its licence", "hf auth login"]),
+    ("nobody/nothing", errors.RepositoryNotFoundError,
+     ["nobody/nothing", "knows no such", "smollm2-135m"]),
+    ("smollm2-135m", errors.LocalEntryNotFoundError,
+     ["could not be reached", "hf download", "--local-dir"]),
     ("smollm2-135m", errors.OfflineModeIsEnabled, ["could not be reached", "local cache"]),
 ])
 def test_what_the_hub_refuses_is_said_in_words(monkeypatch, name, error, words):
@@ -221,7 +234,8 @@ def test_an_unknown_name_lists_the_known_ones(name):
 
 def check_chat_ids(name, folder):
     tokenizer = Tokenizer(folder)
-    for conversation, (open_ids, closed_ids) in zip(GOLDEN["conversations"], GOLDEN[name], strict=True):
+    for conversation, (open_ids, closed_ids) in zip(
+            GOLDEN["conversations"], GOLDEN[name], strict=True):
         assert tokenizer.chat(conversation) == open_ids
         assert tokenizer.chat(conversation, generation_prompt=False) == closed_ids
     return tokenizer
@@ -229,21 +243,25 @@ def check_chat_ids(name, folder):
 
 def test_chat_ids_equal_the_stored_ones_of_transformers():
     tokenizer = check_chat_ids("tokenizer", TOKENIZER)
-    assert tokenizer.chat([{"role": "user", "content": "x"}]).count(tokenizer.special["<|begin|>"]) == 1
-    assert tokenizer.stop_ids == {2, tokenizer.special["<|end_of_turn|>"]}    # generation_config's and the template's
+    assert tokenizer.chat([{"role": "user", "content": "x"}]).count(
+        tokenizer.special["<|begin|>"]) == 1
+    # generation_config's and the template's
+    assert tokenizer.stop_ids == {2, tokenizer.special["<|end_of_turn|>"]}
 
 
-@pytest.mark.parametrize("name, stop_ids, bos", [("smollm2-135m", {2}, None), ("llama3-tokenizer", {128009}, 128000)])
+@pytest.mark.parametrize("name, stop_ids, bos", [
+    ("smollm2-135m", {2}, None), ("llama3-tokenizer", {128009}, 128000)])
 def test_chat_ids_of_real_tokenizers_equal_transformers(assets, name, stop_ids, bos):
     tokenizer = check_chat_ids(name, assets / name)
     assert tokenizer.stop_ids == stop_ids
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(assets / name)
-    for text in ("plain words", "a\n\n b", "<|not special|>", "2 + 2 = 4\u2028ok", "é" * 50, " lead", "trail "):
+    for text in ("plain words", "a\n\n b", "<|not special|>", "2 + 2 = 4\u2028ok", "é" * 50,
+                 " lead", "trail "):
         conversation = [{"role": "user", "content": text}]
         ids = tokenizer.chat(conversation)
-        assert ids == theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False,
-                                                 date_string="26 Jul 2024")
+        assert ids == theirs.apply_chat_template(
+            conversation, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024")
         assert bos is None or ids.count(bos) == 1
         assert tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
 
@@ -274,7 +292,8 @@ def test_private_marks_in_a_message_are_not_mistaken_for_ours():
 
 
 @pytest.mark.parametrize("template, message", [
-    ("{% for %}", "chat template"), (None, "no chat template"), ("{{ raise_exception('no') }}", "chat template: no"),
+    ("{% for %}", "chat template"), (None, "no chat template"),
+    ("{{ raise_exception('no') }}", "chat template: no"),
     ("{{ messages.__class__.__mro__ }}", "chat template"), ("{{ 1 + 'x' }}", "chat template"),
 ])
 def test_a_bad_chat_template_gives_one_line(tmp_path, template, message):

@@ -1,4 +1,5 @@
-"""The self-reward parser on hostile text, its two readings, the reward model, and numbers as GSM8K writes them."""
+"""The self-reward parser on hostile text, its two readings, the reward model,
+and numbers as GSM8K writes them."""
 import math
 import random
 import time
@@ -20,33 +21,50 @@ RUBRIC = read_prompt(HERE / "prompts/self_reward.txt")
 VALID = [
     ("<Score>4</Score>", 4), ("<Score>0</Score>", 0), ("<Score>7</Score>", 7),
     (f"Fine.\n{SEVEN}\n<Score>4</Score>", 4), (f"{SEVEN}<Score>4</Score> I hope this helps!", 4),
-    ("<score>4</score>", 4), ("<SCORE> 4 </Score>", 4), ("< Score >4</ Score >", 4), ("<Score>\n4\n</Score>", 4),
+    ("<score>4</score>", 4), ("<SCORE> 4 </Score>", 4), ("< Score >4</ Score >", 4),
+    ("<Score>\n4\n</Score>", 4),
     ("<Score>4</Score> so <Score>4</Score>", 4), ("x < 5 and <b>y</b> <Score>4</Score>", 4),
     ("<Calculation>1 + 0 + 1 + 0 + 1 + 1 + 0 = 4</Calculation><Score>4</Score>", 4),
-    ("<Calculation>1+0+1+0+1+1+0</Calculation><Score>4</Score>", 4), ("<Score>4</Score>" + SEVEN, 4),
-    (f"{SEVEN}{SEVEN}<Score>4</Score>", 4), ("<Score>4</Score> <Scor", 4), ("</Response> <Score>3</Score>", 3),
+    ("<Calculation>1+0+1+0+1+1+0</Calculation><Score>4</Score>", 4),
+    ("<Score>4</Score>" + SEVEN, 4),
+    (f"{SEVEN}{SEVEN}<Score>4</Score>", 4), ("<Score>4</Score> <Scor", 4),
+    ("</Response> <Score>3</Score>", 3),
 ]
 INVALID = [
     ("", "no_tag"), ("The response is clear and helpful. I would give it a 6 out of 7.", "no_tag"),
-    ("Score: 5", "no_tag"), (SEVEN, "no_tag"), ("<Scores>4</Scores>", "no_tag"), ("[Score]4[/Score]", "no_tag"),
-    ("＜Score＞4＜/Score＞", "no_tag"), ("<Sсore>4</Sсore>", "no_tag"),      # full-width brackets; a Cyrillic letter
+    ("Score: 5", "no_tag"), (SEVEN, "no_tag"), ("<Scores>4</Scores>", "no_tag"),
+    ("[Score]4[/Score]", "no_tag"),
+    # full-width brackets; a Cyrillic letter
+    ("＜Score＞4＜/Score＞", "no_tag"), ("<Sсore>4</Sсore>", "no_tag"),
     (RUBRIC, "unclosed"), ("<Score>sum</Score>", "not_a_score"), ("<Score></Score>", "not_a_score"),
-    ("<Score>2.8</Score>", "not_a_score"), ("<Score>5/7</Score>", "not_a_score"), ("<Score>04</Score>", "not_a_score"),
-    ("<Score>４</Score>", "not_a_score"), ("<Score>٤</Score>", "not_a_score"), ("<Score>²</Score>", "not_a_score"),
-    ("<Score>four</Score>", "not_a_score"), ("<Score>+4</Score>", "not_a_score"), ("<Score>4.</Score>", "not_a_score"),
+    ("<Score>2.8</Score>", "not_a_score"), ("<Score>5/7</Score>", "not_a_score"),
+    ("<Score>04</Score>", "not_a_score"),
+    ("<Score>４</Score>", "not_a_score"), ("<Score>٤</Score>", "not_a_score"),
+    ("<Score>²</Score>", "not_a_score"),
+    ("<Score>four</Score>", "not_a_score"), ("<Score>+4</Score>", "not_a_score"),
+    ("<Score>4.</Score>", "not_a_score"),
     ("<Score>4 or 5</Score>", "not_a_score"), ("<Score>\u00a04</Score>", "not_a_score"),
-    ("<Score>sum</Score> <Score>4</Score>", "not_a_score"), ("<Score><b>4</b></Score>", "not_a_score"),
-    ("<Score>8</Score>", "out_of_range"), ("<Score>-1</Score>", "out_of_range"), ("<Score>10</Score>", "out_of_range"),
-    ("<Score>" + "9" * 5000 + "</Score>", "out_of_range"), ("<Score>4</Score><Score>9</Score>", "out_of_range"),
-    ("<Score>4", "unclosed"), ("<Score>4<Score>", "unclosed"), ("<Score>4</Calculation>", "unclosed"),
-    ("4</Score>", "unclosed"), ("<Score>4</Score></Score>", "unclosed"), ("<Score><Score>4</Score>", "unclosed"),
+    ("<Score>sum</Score> <Score>4</Score>", "not_a_score"),
+    ("<Score><b>4</b></Score>", "not_a_score"),
+    ("<Score>8</Score>", "out_of_range"), ("<Score>-1</Score>", "out_of_range"),
+    ("<Score>10</Score>", "out_of_range"),
+    ("<Score>" + "9" * 5000 + "</Score>", "out_of_range"),
+    ("<Score>4</Score><Score>9</Score>", "out_of_range"),
+    ("<Score>4", "unclosed"), ("<Score>4<Score>", "unclosed"),
+    ("<Score>4</Calculation>", "unclosed"),
+    ("4</Score>", "unclosed"), ("<Score>4</Score></Score>", "unclosed"),
+    ("<Score><Score>4</Score>", "unclosed"),
     ("<Calculation><Score>4</Calculation></Score>", "unclosed"), ("<Score>4</ Scor>", "unclosed"),
-    ("<Score>4</Score> <Score>5</Score>", "conflict"), (f"{SEVEN}<Score>4</Score><Score>5</Score>", "conflict"),
-    ("<Calculation>1+0+1+0+1+1=4</Calculation><Score>4</Score>", "bad_calculation"),     # six terms
-    ("<Calculation>1+0+1+0+1+1+0+0=4</Calculation><Score>4</Score>", "bad_calculation"),           # eight terms
+    ("<Score>4</Score> <Score>5</Score>", "conflict"),
+    (f"{SEVEN}<Score>4</Score><Score>5</Score>", "conflict"),
+    ("<Calculation>1+0+1+0+1+1=4</Calculation><Score>4</Score>", "bad_calculation"),  # six terms
+    # eight terms
+    ("<Calculation>1+0+1+0+1+1+0+0=4</Calculation><Score>4</Score>", "bad_calculation"),
     ("<Calculation>2+0+1+0+1+0+0=4</Calculation><Score>4</Score>", "bad_calculation"),  # not binary
-    ("<Calculation>1+0+1+0+1+1+0=5</Calculation><Score>4</Score>", "bad_calculation"),             # does not add up
-    ("<Calculation>1+0+1+0+1+1+0=4</Calculation><Score>5</Score>", "bad_calculation"),             # they disagree
+    # does not add up
+    ("<Calculation>1+0+1+0+1+1+0=5</Calculation><Score>4</Score>", "bad_calculation"),
+    # they disagree
+    ("<Calculation>1+0+1+0+1+1+0=4</Calculation><Score>5</Score>", "bad_calculation"),
     ("<Calculation>1+0+1+0+1+1+0=5</Calculation><Score>5</Score>", "bad_calculation"),
     ("<Calculation>grade 1+grade 2=sum</Calculation><Score>4</Score>", "bad_calculation"),  # copied
     ("<Calculation>1+0+1+0+1+1+0=４</Calculation><Score>4</Score>", "bad_calculation"),
@@ -69,8 +87,10 @@ def test_anything_else_is_none_with_its_reason(text, reason):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("The response is", (None, "truncated")), ("<Score>4", (None, "truncated")), ("<Scor", (None, "truncated")),
-    ("", (None, "truncated")), (SEVEN, (None, "truncated")), ("<Score>4</Score> and furthermo", (4, None)),
+    ("The response is", (None, "truncated")), ("<Score>4", (None, "truncated")),
+    ("<Scor", (None, "truncated")),
+    ("", (None, "truncated")), (SEVEN, (None, "truncated")),
+    ("<Score>4</Score> and furthermo", (4, None)),
     ("<Score>8</Score> becau", (None, "out_of_range"))])
 def test_a_judgement_that_was_cut_off_is_known_as_such(text, expected):
     assert parse_self_reward(text, stopped=False) == expected
@@ -79,17 +99,20 @@ def test_a_judgement_that_was_cut_off_is_known_as_such(text, expected):
 def test_the_parser_never_raises_and_knows_its_reasons_on_mutated_text():
     pick = random.Random(0)
     seeds = [t for t, _ in VALID + INVALID]
-    parts = ["<", ">", "/", "Score", "score", "Calculation", "<Score>", "</Score>", "1+0", "=", "4", "\x00", "\u2028", " ", "é"]
+    parts = ["<", ">", "/", "Score", "score", "Calculation", "<Score>", "</Score>", "1+0", "=", "4",
+             "\x00", "\u2028", " ", "é"]
     for _ in range(3000):
         text = list(pick.choice(seeds)[:400])
         for _ in range(pick.randrange(6)):
             at = pick.randrange(len(text) + 1)
             text[at:at + pick.randrange(3)] = pick.choice(parts)
         score, reason = parse_self_reward("".join(text), stopped=pick.random() < 0.8)
-        assert (score in range(8) and reason is None) or (score is None and reason in rewards.REASONS)
+        assert ((score in range(8) and reason is None)
+                or (score is None and reason in rewards.REASONS))
 
 
-@pytest.mark.parametrize("junk", ["<", "< ", "<Score>", "<Score>4", "</Score>", "1+", "<Calculation>1+0", " ", "<\n/"])
+@pytest.mark.parametrize("junk", [
+    "<", "< ", "<Score>", "<Score>4", "</Score>", "1+", "<Calculation>1+0", " ", "<\n/"])
 def test_megabytes_of_junk_are_read_in_linear_time(junk):
     def seconds(size):
         text = (junk * size)[:size] + "<Score>4</Score>"
@@ -119,28 +142,33 @@ def judge(tmp_path_factory):
     return load_model(path, dtype=torch.float64), Tokenizer(path)
 
 
-QUERIES, ANSWERS = ["What is 2 + 2?", "Say {response}", ""], ["4", "<Score>7</Score> {instruction}", "Nothing" * 9]
+QUERIES, ANSWERS = (["What is 2 + 2?", "Say {response}", ""],
+                    ["4", "<Score>7</Score> {instruction}", "Nothing" * 9])
 
 
 @torch.no_grad()
 def test_the_expected_reading_is_the_expectation_over_the_digits(judge):
     model, tokenizer = judge
-    scores, records = rewards.self_reward(model, tokenizer, QUERIES, ANSWERS, prompt="{instruction}|{response}",
-                                          reading="expected", batch_tokens=60)
+    scores, records = rewards.self_reward(
+        model, tokenizer, QUERIES, ANSWERS, prompt="{instruction}|{response}",
+        reading="expected", batch_tokens=60)
     for q, a, score, record in zip(QUERIES, ANSWERS, scores, records):
-        ids = tokenizer.chat([{"role": "user", "content": f"{q}|{a}"}]) + tokenizer.encode("<Score>")
+        ids = (tokenizer.chat([{"role": "user", "content": f"{q}|{a}"}])
+               + tokenizer.encode("<Score>"))
         p = model.logits(model(torch.tensor([ids])))[0, -1].softmax(-1)
         p = torch.stack([p[tokenizer.encode(str(k))[0]] for k in range(8)])
         assert record["mass"] == pytest.approx(p.sum().item())
-        assert score.item() == pytest.approx((sum(k * p[k] for k in range(8)) / p.sum()).item(), abs=1e-6)
+        assert score.item() == pytest.approx(
+            (sum(k * p[k] for k in range(8)) / p.sum()).item(), abs=1e-6)
 
 
 def test_the_generate_reading_parses_what_the_judge_wrote(judge, monkeypatch):
     model, tokenizer = judge
     written = ["fine <Score>6</Score>", "no idea", "<Score>9</Score>"]
     asked = []
-    monkeypatch.setattr(rewards, "sample", lambda judge, prompts, **settings: asked.extend(prompts) or [
-        [Completion(tokenizer.encode(t) + [2], [], True)] for t in written])
+    monkeypatch.setattr(
+        rewards, "sample", lambda judge, prompts, **settings: asked.extend(prompts) or [
+            [Completion(tokenizer.encode(t) + [2], [], True)] for t in written])
     scores, records = rewards.self_reward(model, tokenizer, QUERIES, ANSWERS, prompt=RUBRIC)
     assert scores[0] == 6 and scores[1:].isnan().all()
     assert [r["reason"] for r in records] == [None, "no_tag", "out_of_range"]
@@ -151,8 +179,8 @@ def test_the_generate_reading_parses_what_the_judge_wrote(judge, monkeypatch):
 
 def test_the_judge_that_writes_is_greedy_by_default_and_cut_off_is_known(judge):
     model, tokenizer = judge
-    runs = [rewards.self_reward(model, tokenizer, QUERIES, ANSWERS, prompt="{instruction}", max_new_tokens=3)
-            for _ in range(2)]
+    runs = [rewards.self_reward(model, tokenizer, QUERIES, ANSWERS, prompt="{instruction}",
+                                max_new_tokens=3) for _ in range(2)]
     assert runs[0][1] == runs[1][1]
     assert {r["reason"] for r in runs[0][1]} <= {"truncated", "no_tag"}
 
@@ -169,9 +197,11 @@ def test_the_reward_model_reads_the_last_token_of_each_pair_whatever_the_batch(t
     together = model(QUERIES, ANSWERS, None)
     assert together.dtype == torch.float32 and together.std() > 1e-3
     for q, a, score in zip(QUERIES, ANSWERS, together):
-        ids = model.tokenizer.chat([{"role": "user", "content": q}, {"role": "assistant", "content": a}],
-                                   generation_prompt=False)
-        assert score.item() == pytest.approx(model.model.score(model.model(torch.tensor([ids])))[0, -1].item(), abs=1e-6)
+        ids = model.tokenizer.chat(
+            [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
+            generation_prompt=False)
+        assert score.item() == pytest.approx(
+            model.model.score(model.model(torch.tensor([ids])))[0, -1].item(), abs=1e-6)
     model.batch_tokens = 1
     assert torch.allclose(model(QUERIES, ANSWERS), together)
 
@@ -179,9 +209,11 @@ def test_the_reward_model_reads_the_last_token_of_each_pair_whatever_the_batch(t
 def test_the_reward_model_equals_transformers_on_a_chat(tmp_path):
     transformers = pytest.importorskip("transformers")
     write_checkpoint(tmp_path / "rm", "scalar_head")
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", dtype=torch.float32)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "rm", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "rm")
-    chat = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
+    chat = [{"role": "user", "content": "What is 2 + 2?"},
+            {"role": "assistant", "content": "It is 4."}]
     ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False)
     ours = rewards.RewardModel(tmp_path / "rm")([chat[0]["content"]], [chat[1]["content"]])
     assert ours.item() == pytest.approx(theirs(ids).logits.item(), abs=1e-4)
@@ -203,17 +235,24 @@ def test_the_expected_reading_needs_one_token_a_digit(judge, monkeypatch):
 # ---------------------------------------------------------------- numbers
 
 @pytest.mark.parametrize("answer, gold, right", [
-    ("The answer is 42.", "42", True), ("#### 72", "48 / 2 = 24\n#### 72", True), ("$1,234.50", "1234.5", True),
-    ("\\boxed{42}.", "#### 42", True), ("so $\\boxed{1{,}200}$", "1200", True), ("-3", "-3", True), ("-$5", "-5", True),
-    ("$-5", "-5", True), ("It is \u22127", "-7", True), ("10-5", "5", True), ("x-5", "5", True), ("3 - 5", "5", True),
-    ("42.0", "42", True), ("007", "7", True), (".5", "0.5", True), ("50%", "50", True), ("1,000,000 people!", "1000000", True),
-    ("between 12,34", "34", True), ("5, 6, and 7,", "7", True), ("**18**", "18", True), ("18 dollars", "18", True),
-    ("It is 42 or 43", "42", False), ("", "42", False), ("none", "42", False), ("4.2", "42", False), ("420", "42", False),
+    ("The answer is 42.", "42", True), ("#### 72", "48 / 2 = 24\n#### 72", True),
+    ("$1,234.50", "1234.5", True),
+    ("\\boxed{42}.", "#### 42", True), ("so $\\boxed{1{,}200}$", "1200", True), ("-3", "-3", True),
+    ("-$5", "-5", True),
+    ("$-5", "-5", True), ("It is \u22127", "-7", True), ("10-5", "5", True), ("x-5", "5", True),
+    ("3 - 5", "5", True),
+    ("42.0", "42", True), ("007", "7", True), (".5", "0.5", True), ("50%", "50", True),
+    ("1,000,000 people!", "1000000", True),
+    ("between 12,34", "34", True), ("5, 6, and 7,", "7", True), ("**18**", "18", True),
+    ("18 dollars", "18", True),
+    ("It is 42 or 43", "42", False), ("", "42", False), ("none", "42", False), ("4.2", "42", False),
+    ("420", "42", False),
     ("５", "5", False), ("-42", "42", False), ("1,23", "123", False)])
 def test_the_last_number_decides(answer, gold, right):
     assert exact(["q"], [answer], [gold]).item() == right
 
 
 def test_last_number_of_gsm8k_gold_answers():
-    text = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether <<48+24=72>>72 clips.\n#### 1,072"
+    text = ("Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
+            "Altogether <<48+24=72>>72 clips.\n#### 1,072")
     assert last_number(text) == 1072 and last_number("no number") is None

@@ -32,8 +32,8 @@ def logp_alone(model, prompt, tokens, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_each_row_of_a_ragged_batch_has_the_log_probs_of_that_row_alone(kind, temperature):
     model = random_llama(kind)
-    groups = sample(model, PROMPTS, num_samples=5, max_new_tokens=24, temperature=temperature, stop_ids=STOP,
-                    generator=seeded())
+    groups = sample(model, PROMPTS, num_samples=5, max_new_tokens=24, temperature=temperature,
+                    stop_ids=STOP, generator=seeded())
     lengths = {len(c.tokens) for group in groups for c in group}
     assert len(lengths) > 3                                           # rows left at different times
     for prompt, group in zip(PROMPTS, groups):
@@ -46,7 +46,8 @@ def test_each_row_of_a_ragged_batch_has_the_log_probs_of_that_row_alone(kind, te
 
 def test_greedy_rows_equal_the_argmax_of_the_full_forward_pass():
     model = random_llama("untied")
-    for prompt, (c,) in zip(PROMPTS, sample(model, PROMPTS, max_new_tokens=12, temperature=0, stop_ids=STOP)):
+    for prompt, (c,) in zip(
+            PROMPTS, sample(model, PROMPTS, max_new_tokens=12, temperature=0, stop_ids=STOP)):
         row = list(prompt)
         with torch.no_grad():
             for token in c.tokens:
@@ -59,12 +60,14 @@ def test_a_completion_does_not_depend_on_its_company():
     model = random_llama("llama3_tied", dtype=torch.float64)
     settings = dict(max_new_tokens=16, stop_ids=STOP)
     together = sample(model, PROMPTS, num_samples=3, generator=seeded(7), **settings)
-    in_chunks = sample(model, PROMPTS, num_samples=3, generator=seeded(7), batch_tokens=40, **settings)
+    in_chunks = sample(
+        model, PROMPTS, num_samples=3, generator=seeded(7), batch_tokens=40, **settings)
     assert in_chunks == together
     # Each alone, with the seed that was drawn for it.
     seeds = torch.randint(2**63 - 1, (12,), generator=seeded(7)).tolist()
     for i, seed in enumerate(seeds):
-        steps = decode(model, [PROMPTS[i // 3]], limits=[16], seeds=[seed], temperature=1.0, stop_ids=STOP)
+        steps = decode(
+            model, [PROMPTS[i // 3]], limits=[16], seeds=[seed], temperature=1.0, stop_ids=STOP)
         assert [token.item() for _, token, _ in steps] == together[i // 3][i % 3].tokens
 
 
@@ -87,17 +90,21 @@ def test_other_seeds_give_other_completions():
 def test_sampled_frequencies_match_the_softmax_at_the_temperature(temperature):
     model = random_llama("untied")
     with torch.no_grad():
-        p = (model.logits(model(torch.tensor([PROMPTS[0]])))[0, -1] / temperature).softmax(-1).double()
+        p = (model.logits(model(torch.tensor([PROMPTS[0]])))[0, -1]
+             / temperature).softmax(-1).double()
     n = 4000
-    (group,) = sample(model, [PROMPTS[0]], num_samples=n, max_new_tokens=1, temperature=temperature, generator=seeded(11))
+    (group,) = sample(model, [PROMPTS[0]], num_samples=n, max_new_tokens=1, temperature=temperature,
+                      generator=seeded(11))
     counts = torch.bincount(torch.tensor([c.tokens[0] for c in group]), minlength=37).double()
     common = p * n >= 5                                   # pool the rare ones, as the test requires
     observed = torch.cat([counts[common], counts[~common].sum()[None]])
     expected = torch.cat([p[common], p[~common].sum()[None]]) * n
-    chi2, freedom = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item(), len(observed) - 1
+    chi2, freedom = (((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item(),
+                     len(observed) - 1)
     assert chi2 < freedom + 4 * math.sqrt(2 * freedom)                    # four standard deviations
     wrong = torch.full_like(expected, n / len(expected))
-    assert ((observed - wrong) ** 2 / wrong).sum().item() > freedom + 4 * math.sqrt(2 * freedom)   # the test can fail
+    # The test can fail.
+    assert ((observed - wrong) ** 2 / wrong).sum().item() > freedom + 4 * math.sqrt(2 * freedom)
     logp = {c.tokens[0]: c.logp[0] for c in group}
     assert all(abs(math.exp(value) - p[token]) < 1e-5 for token, value in logp.items())
 
@@ -132,7 +139,8 @@ def test_limits_must_match_the_completions():
 # ---------------------------------------------------------------- command line
 
 def run(*arguments, text=None):
-    return subprocess.run([sys.executable, ROOT / "sample.py", *arguments], input=text, capture_output=True, text=True)
+    return subprocess.run([sys.executable, ROOT / "sample.py", *arguments], input=text,
+                          capture_output=True, text=True)
 
 
 def test_the_script_answers_chats_and_plays_the_challenger(tmp_path):
@@ -147,8 +155,10 @@ def test_the_script_answers_chats_and_plays_the_challenger(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--model", "x"], "give one of"), (["hi"], "--model"), (["--model", "x", "hi", "--chat"], "give one of"),
-    (["--model", "x", "hi", "--temperature", "-1"], "--temperature"), (["--model", "x", "hi"], "no such directory"),
+    (["--model", "x"], "give one of"), (["hi"], "--model"),
+    (["--model", "x", "hi", "--chat"], "give one of"),
+    (["--model", "x", "hi", "--temperature", "-1"], "--temperature"),
+    (["--model", "x", "hi"], "no such directory"),
 ])
 def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
@@ -159,6 +169,6 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, message, monkeypa
 
 
 def test_a_real_model_answers_sensibly(assets):
-    answer = run("--model", assets / "smollm2-135m", "--temperature", "0", "--max-new-tokens", "24", "--device", "cpu",
-                 "What is the capital of France?")
+    answer = run("--model", assets / "smollm2-135m", "--temperature", "0",
+                 "--max-new-tokens", "24", "--device", "cpu", "What is the capital of France?")
     assert "Paris" in answer.stdout

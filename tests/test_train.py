@@ -56,11 +56,13 @@ def test_micro_batch_size_changes_no_gradient(llama, kl):
     gradients, losses = [], []
     for tokens in (10_000, 40, 1):
         llama.zero_grad()
-        sums = accumulate(game(llama, reference, beta=0.3, kl=kl, micro_batch_tokens=tokens), random_rows(), 0.7)
+        sums = accumulate(game(llama, reference, beta=0.3, kl=kl, micro_batch_tokens=tokens),
+                          random_rows(), 0.7)
         gradients.append(torch.cat([p.grad.reshape(-1) for p in llama.parameters()]))
         losses.append(sums["loss"])
     for gradient, loss in zip(gradients[1:], losses[1:]):
-        assert (gradient - gradients[0]).norm() / gradients[0].norm() < 1e-6    # advantages pass through fp32
+        # Advantages pass through fp32.
+        assert (gradient - gradients[0]).norm() / gradients[0].norm() < 1e-6
         assert loss == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -95,7 +97,8 @@ def moved_share(dtype, keep_masters):
     llama.log_probs(hidden[0], torch.arange(20)).sum().backward()
     optimizer.step(1e-6, 0) if keep_masters else optimizer.step()
     skip_unused = [(p, b) for p, b in zip(held, before) if p.shape[0] != 200]
-    return (sum((p != b).sum() for p, b in skip_unused) / sum(p.numel() for p, _ in skip_unused)).item()
+    return (sum((p != b).sum() for p, b in skip_unused)
+            / sum(p.numel() for p, _ in skip_unused)).item()
 
 
 def test_a_step_of_1e_6_moves_fp32_masters_but_not_bf16_weights():
@@ -108,8 +111,8 @@ def test_a_bf16_policy_follows_its_masters_and_gradients_add_up_in_fp32():
     llama = random_llama("untied")
     optimizer = MasterAdamW(llama, torch.bfloat16, weight_decay=0.0)
     assert {p.dtype for p in llama.parameters()} == {torch.bfloat16}
-    weight, master = llama.model.norm.weight, optimizer.masters[[n for n, _ in llama.named_parameters()].index(
-        "model.norm.weight")]
+    weight, master = llama.model.norm.weight, optimizer.masters[
+        [n for n, _ in llama.named_parameters()].index("model.norm.weight")]
     (weight * 1.0).sum().backward()
     for _ in range(256):                    # 1 + 256 * 2^-9: in bf16 each addition would round away
         (weight * 2.0**-9).sum().backward()
@@ -131,7 +134,8 @@ def test_the_learning_rate_warms_up_and_decays_to_its_share():
     s = Settings(learning_rate=1.0, warmup=4, steps=24, final_lr_share=0.2)
     rates = [train.learning_rate(s, step) for step in range(24)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[-1] == pytest.approx(0.2 + 0.8 / 20) and rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
+    assert (rates[-1] == pytest.approx(0.2 + 0.8 / 20)
+            and rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True))
 
 
 # ---------------------------------------------------------------- does it learn?
@@ -146,11 +150,13 @@ def reward_curve(shuffle, steps=60):
     prompts = [[1, 2, token] for token in (5, 8, 10)]
     for _ in range(steps):
         groups = sample(policy, prompts, num_samples=16, max_new_tokens=3, generator=g)
-        R = torch.tensor([[sum(t == p[-1] for t in c.tokens) / 3 for c in group] for p, group in zip(prompts, groups)])
+        R = torch.tensor([[sum(t == p[-1] for t in c.tokens) / 3 for c in group]
+                          for p, group in zip(prompts, groups)])
         A = lsp.solver_advantages(R)
         if shuffle:
             A = A.view(-1)[torch.randperm(A.numel(), generator=g)].view_as(A)
-        rows = [Row(p, c, a) for p, group, row in zip(prompts, groups, A.tolist()) for c, a in zip(group, row)]
+        rows = [Row(p, c, a) for p, group, row in zip(prompts, groups, A.tolist())
+                for c, a in zip(group, row)]
         accumulate(game(policy, beta=0), rows, 1.0)
         optimizer.step(1e-2, 1.0)
         curve.append(R.mean().item())
@@ -172,7 +178,8 @@ def write(tmp_path, text):
 
 
 def test_prompts_are_read_from_lists_and_lines_under_their_four_names(tmp_path):
-    lines = ('{"question": "a\u2028b", "answer": "#### 3"}\n\n{"instruction": "Sum", "input": "1 2"}\r\n'
+    lines = ('{"question": "a\u2028b", "answer": "#### 3"}\n\n'
+             '{"instruction": "Sum", "input": "1 2"}\r\n'
              '{"instruction": "Say", "input": ""}\n{"problem": "p", "answer": 4}\n{"prompt": "q"}')
     data = [("a\u2028b", "#### 3"), ("Sum\n\n1 2", None), ("Say", None), ("p", "4"), ("q", None)]
     assert read_data(write(tmp_path, lines), gold=False) == data
@@ -181,10 +188,14 @@ def test_prompts_are_read_from_lists_and_lines_under_their_four_names(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"prompt": "x", "answer": 1}\n{"q": 1, "a": 2}', r"line 2: no field instruction.*fields found: q, a"),
-    ('{"prompt": "x"}\n{"prompt', "line 2: "), ("[1, 2", "line 1: "), ("3", "line 1: expected an object, found int"),
-    ('[{"prompt": "x", "answer": 1}, []]', "entry 2: expected an object, found list"), ("", "no prompts in it"), ("[]", "no prompts"),
-    ('{"prompt": 5}', "no field"), ('{"question": "x", "answer": "none"}', "gold answer with a number"),
+    ('{"prompt": "x", "answer": 1}\n{"q": 1, "a": 2}',
+     r"line 2: no field instruction.*fields found: q, a"),
+    ('{"prompt": "x"}\n{"prompt', "line 2: "), ("[1, 2", "line 1: "),
+    ("3", "line 1: expected an object, found int"),
+    ('[{"prompt": "x", "answer": 1}, []]', "entry 2: expected an object, found list"),
+    ("", "no prompts in it"), ("[]", "no prompts"),
+    ('{"prompt": 5}', "no field"),
+    ('{"question": "x", "answer": "none"}', "gold answer with a number"),
     ('{"question": "x"}', "gold answer with a number"), ("[" * 100_000, "line 1: "),
 ])
 def test_bad_prompts_name_the_line(tmp_path, text, message):
@@ -198,17 +209,22 @@ def test_prompts_come_once_an_epoch_each_time_in_another_order():
     drawn = sum(steps, [])
     epochs = [drawn[i:i + 10] for i in range(0, 40, 10)]
     assert all(sorted(e) == data for e in epochs) and len({tuple(e) for e in epochs}) == 4
-    assert steps == [draw(data, 4, 0, step) for step in range(10)] and steps[0] != draw(data, 4, 1, 0)
+    assert (steps == [draw(data, 4, 0, step) for step in range(10)]
+            and steps[0] != draw(data, 4, 1, 0))
     assert len(draw(data, 25, 0, 0)) == 25
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--queries", "1"], "--queries 1"), (["--answers", "1"], "--answers must be at least 2"),
     (["--temperature", "0"], "--temperature 0.0"), (["--temperature", "nan"], "--temperature"),
-    (["--algo", "grpo"], "--prompts"), (["--prompts", "x"], "--prompts is for"), (["--reward", "exact"], "gold answers"),
-    (["--algo", "lsp-zero", "--self-reward", "expected"], "--self-reward"), (["--beta", "-1"], "--beta must be"),
-    (["--kl", "k9"], "--kl"), (["--steps", "two"], "--steps"), (["--nonsense"], "--nonsense"), (["--steps", "0"], "--steps"),
-    (["--learning-rate", "nan"], "--learning-rate"), (["--reward", "nothing/at/all"], "nothing/at/all"),
+    (["--algo", "grpo"], "--prompts"), (["--prompts", "x"], "--prompts is for"),
+    (["--reward", "exact"], "gold answers"),
+    (["--algo", "lsp-zero", "--self-reward", "expected"], "--self-reward"),
+    (["--beta", "-1"], "--beta must be"),
+    (["--kl", "k9"], "--kl"), (["--steps", "two"], "--steps"), (["--nonsense"], "--nonsense"),
+    (["--steps", "0"], "--steps"),
+    (["--learning-rate", "nan"], "--learning-rate"),
+    (["--reward", "nothing/at/all"], "nothing/at/all"),
     (["--self-reward-prompt", "gone.txt"], "gone.txt"), (["--out", "m"], "m exists already"),
     (["--reference", "other"], "another vocabulary"),
 ])
@@ -228,10 +244,12 @@ def test_bad_flags_give_one_line_and_touch_nothing(tmp_path, monkeypatch, capsys
 
 def test_flags_beat_the_models_preset_beats_the_algorithms_beats_the_defaults(tmp_path):
     write_checkpoint(tmp_path / "m", "untied")
-    (tmp_path / "m/training.json").write_text(json.dumps({"queries": 5, "beta": 0.2, "learning_rate": 1.0}))
+    (tmp_path / "m/training.json").write_text(
+        json.dumps({"queries": 5, "beta": 0.2, "learning_rate": 1.0}))
     name = str(tmp_path / "m")
     s, preset = resolve({"model": name, "beta": 0.3})
-    assert (s.queries, s.beta, s.learning_rate, s.self_reward, s.answers) == (5, 0.3, 1.0, "generate", 8)
+    assert (s.queries, s.beta, s.learning_rate, s.self_reward, s.answers) == (
+        5, 0.3, 1.0, "generate", 8)
     assert preset["queries"] == 5
     (tmp_path / "m/training.json").unlink()
     file = tmp_path / "p.json"
@@ -243,7 +261,8 @@ def test_flags_beat_the_models_preset_beats_the_algorithms_beats_the_defaults(tm
 def test_the_defaults_are_the_papers_table_1():
     s = Settings(**settings.ALGOS["lsp"])
     assert (s.queries, s.beta, s.learning_rate, s.self_reward) == (8, 0.05, 3e-6, "generate")
-    zero, grpo = Settings(algo="lsp-zero", **settings.ALGOS["lsp-zero"]), Settings(algo="grpo", **settings.ALGOS["grpo"])
+    zero, grpo = (Settings(algo="lsp-zero", **settings.ALGOS["lsp-zero"]),
+                  Settings(algo="grpo", **settings.ALGOS["grpo"]))
     assert (zero.learning_rate, zero.self_reward, grpo.learning_rate) == (3e-6, None, 1e-6)
 
 
@@ -260,12 +279,14 @@ def world(tmp_path_factory):
     return folder
 
 
-SHORT = ["--model", "m", "--reward", "rm", "--queries", "3", "--answers", "2", "--query-tokens", "6", "--answer-tokens", "7",
-         "--judge-tokens", "4", "--steps", "2", "--save-every", "2", "--learning-rate", "1e-3", "--device", "cpu"]
+SHORT = ["--model", "m", "--reward", "rm", "--queries", "3", "--answers", "2",
+         "--query-tokens", "6", "--answer-tokens", "7", "--judge-tokens", "4", "--steps", "2",
+         "--save-every", "2", "--learning-rate", "1e-3", "--device", "cpu"]
 
 
 def run(world, *flags):
-    return subprocess.run([sys.executable, ROOT / "train.py", *SHORT, *flags], cwd=world, capture_output=True, text=True)
+    return subprocess.run([sys.executable, ROOT / "train.py", *SHORT, *flags], cwd=world,
+                          capture_output=True, text=True)
 
 
 def in_process(world, monkeypatch, *flags):
@@ -281,24 +302,30 @@ def records(path):
 def test_lsp_runs_records_and_its_checkpoint_starts_a_second_stage(world):
     result = run(world, "--out", "first", "--eval-prompts", "p.jsonl", "--eval-every", "1")
     assert result.returncode == 0, result.stderr
-    assert result.stderr == "" and "step 2/2" in result.stdout and "self-reward mostly unread" in result.stdout
+    assert (result.stderr == "" and "step 2/2" in result.stdout
+            and "self-reward mostly unread" in result.stdout)
     out = world / "first"
     metrics = records(out / "metrics.jsonl")
-    wanted = {"step", "reward", "quality", "kl_solver", "kl_challenger", "distinct_queries", "truncated_queries",
-              "truncated_answers", "parse_failures", "logp_gap", "grad_norm", "seconds", "value_spread", "flat_groups",
-              "entropy_solver", "entropy_challenger", "query_length", "answer_length", "phase_seconds",
+    wanted = {"step", "reward", "quality", "kl_solver", "kl_challenger", "distinct_queries",
+              "truncated_queries", "truncated_answers", "parse_failures", "logp_gap", "grad_norm",
+              "seconds", "value_spread", "flat_groups", "entropy_solver", "entropy_challenger",
+              "query_length", "answer_length", "phase_seconds",
               "tokens_per_second", "unread", "leaked_tags", "challenger_advantage"}
     assert [m["step"] for m in metrics] == [1, 2] and wanted <= set(metrics[0])
-    assert metrics[0]["logp_gap"] < 1e-5 and metrics[0]["kl_solver"] < 1e-8 < metrics[1]["kl_solver"]
+    assert (metrics[0]["logp_gap"] < 1e-5
+            and metrics[0]["kl_solver"] < 1e-8 < metrics[1]["kl_solver"])
     assert metrics[0]["grad_norm"] > 0 and sum(metrics[0]["parse_failures"].values()) == 6
     said = records(out / "samples.jsonl")
     assert len(said) == 6 and all(len(s["answers"]) == 2 for s in said)
-    assert all({"reward", "quality", "advantage", "stopped", "judgement", "reason"} <= set(s["answers"][0]) for s in said)
+    assert all({"reward", "quality", "advantage", "stopped", "judgement", "reason"}
+               <= set(s["answers"][0]) for s in said)
     evals = records(out / "eval.jsonl")
-    assert [e["step"] for e in evals] == [0, 1, 2] and evals[0]["win_rate"] == 0.5 and evals[0]["n"] == 5
+    assert ([e["step"] for e in evals] == [0, 1, 2] and evals[0]["win_rate"] == 0.5
+            and evals[0]["n"] == 5)
     assert json.loads((out / "config.json").read_text())["queries"] == 3
     assert (out / "checkpoint").readlink().name == "checkpoint-000002"
-    second = run(world, "--model", "first/checkpoint", "--algo", "grpo", "--prompts", "p.jsonl", "--reward", "exact")
+    second = run(world, "--model", "first/checkpoint", "--algo", "grpo", "--prompts", "p.jsonl",
+                 "--reward", "exact")
     assert second.returncode == 0, second.stderr
     assert (world / "runs/first-grpo-0/checkpoint/model.safetensors").exists()
     m = records(world / "runs/first-grpo-0/metrics.jsonl")[0]
@@ -309,7 +336,8 @@ def test_lsp_zero_with_no_kl_and_the_expected_reading_run_too(world, monkeypatch
     in_process(world, monkeypatch, "--algo", "lsp-zero", "--beta", "0", "--out", "zero")
     m = records(world / "zero/metrics.jsonl")[0]
     assert m["kl_solver"] is None and m["quality"] is None and m["kl_challenger"] is None
-    in_process(world, monkeypatch, "--self-reward", "expected", "--out", "expected", "--mask-truncated")
+    in_process(
+        world, monkeypatch, "--self-reward", "expected", "--out", "expected", "--mask-truncated")
     m = records(world / "expected/metrics.jsonl")[0]
     assert 0 <= m["quality"] <= 7 and 0 < m["judge_mass"] < 1 and m["parse_failures"] is None
 
@@ -330,8 +358,9 @@ def test_the_same_seed_gives_the_same_run_and_another_folder(world, monkeypatch)
 
 
 def test_an_answer_that_was_cut_off_is_never_exactly_right(world, monkeypatch):
-    s, _ = resolve({"model": str(world / "m"), "algo": "grpo", "prompts": str(world / "p.jsonl"), "reward": "exact",
-                          "queries": 2, "answers": 2, "answer_tokens": 1})
+    s, _ = resolve({
+        "model": str(world / "m"), "algo": "grpo", "prompts": str(world / "p.jsonl"),
+        "reward": "exact", "queries": 2, "answers": 2, "answer_tokens": 1})
     g = train.set_up(s)
     g.reward = lambda queries, answers, golds: torch.ones(len(queries))
     r = train.play(g, 0)
@@ -340,19 +369,22 @@ def test_an_answer_that_was_cut_off_is_never_exactly_right(world, monkeypatch):
 
 
 def test_the_reference_and_the_judge_stay_frozen_while_the_policy_moves(world):
-    s, _ = resolve({"model": str(world / "m"), "reward": str(world / "rm"), "queries": 2, "answers": 2,
-                          "query_tokens": 4, "answer_tokens": 4, "judge_tokens": 2, "device": "cpu"})
+    s, _ = resolve({
+        "model": str(world / "m"), "reward": str(world / "rm"), "queries": 2, "answers": 2,
+        "query_tokens": 4, "answer_tokens": 4, "judge_tokens": 2, "device": "cpu"})
     g = train.set_up(s)
     assert g.judge is g.reference and g.reference is not g.policy
     copy = lambda m: [p.detach().clone() for p in m.parameters()]
     policy, reference, scorer = copy(g.policy), copy(g.reference), copy(g.reward.model)
     train.update(g, MasterAdamW(g.policy, torch.float32, weight_decay=0.0), train.play(g, 0), 0)
     same = lambda m, old: all(torch.equal(p, o) for p, o in zip(m.parameters(), old))
-    assert same(g.reference, reference) and same(g.reward.model, scorer) and not same(g.policy, policy)
+    assert (same(g.reference, reference) and same(g.reward.model, scorer)
+            and not same(g.policy, policy))
 
 
 def test_every_setting_is_a_flag_with_a_help_text():
     for f in dataclasses.fields(Settings):
         assert f.metadata["help"]
-    text = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True).stdout
+    text = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True,
+                          text=True).stdout
     assert all("--" + f.name.replace("_", "-") in text for f in dataclasses.fields(Settings))
