@@ -53,6 +53,14 @@ class Tokenizer:
         self.tokenizer.encode_special_tokens = True
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def unspelt(self, text: str) -> str | None:
+        """The first piece of a text without a token, or None; only small vocabularies lack any."""
+        unknown = getattr(self.tokenizer.model, "unk_token", None)
+        self.tokenizer.encode_special_tokens = True
+        pieces = self.tokenizer.encode(text, add_special_tokens=False) if unknown else None
+        return next((text[a:b] for token, (a, b) in zip(pieces.tokens, pieces.offsets)
+                     if token == unknown), None) if unknown else None
+
     def decode(self, ids: list[int]) -> str:
         """Ids to text; special tokens show by name, so that nothing a model wrote is hidden."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -188,6 +188,9 @@ def stream(model: Llama, tokenizer: Tokenizer, messages: list[dict], *, max_new_
            temperature: float, seed: int) -> str:
     """Print an answer as it is written, and return it."""
     ids, shown = [], ""
+    strange = tokenizer.unspelt(messages[-1]["content"])
+    if strange is not None:
+        raise InputError(f"this model's tokenizer cannot spell {strange!r}")
     prompt = tokenizer.chat(messages)
     room = model.config.max_position_embeddings - len(prompt)
     if room < 1:

@@ -70,6 +70,9 @@ def set_up(s: Settings) -> Game:
     elif s.algo == "grpo":
         data = read_data(s.prompts, gold=s.reward in rewards.NEED_GOLD)
     tokenizer = Tokenizer(start)
+    strange = next((piece for q, _ in data if (piece := tokenizer.unspelt(q)) is not None), None)
+    if strange is not None:
+        raise InputError(f"{s.prompts}: the model's tokenizer cannot spell {strange!r}")
     game = Game(s, None, tokenizer, rewards.VERIFIABLE.get(s.reward), data=data, world=world)
     if s.algo != "grpo":
         prompt = fill(read_prompt(s.challenger_prompt), task=s.task, template=s.template)
@@ -205,7 +208,7 @@ def completion_logp(model: Llama, rows: list[Row], temperature: float) -> tuple[
     start = torch.tensor([len(row.prompt) for row in rows], device=device)                 # (B,)
     longest = max(len(row.completion.tokens) for row in rows)
     mask = torch.arange(longest, device=device) < (lengths - start)[:, None]               # (B, T)
-    b, t = mask.nonzero(as_tuple=True)                                                    # (M,), (M,)
+    b, t = mask.nonzero(as_tuple=True)                                                   # both (M,)
     at = start[b] + t                                          # (M,)   the token's place in its row
     hidden = model(tokens)[b, at - 1]                          # (M, D) the state before predicts it
     logp = model.log_probs(hidden, tokens[b, at], temperature=temperature)                 # (M,)

@@ -1,0 +1,106 @@
+"""The embedded world over many seeds: every run of README.md's figure and table.
+
+    python bench/tiny_seeds.py --seeds 1001 1002 1003 1004 1005       # about an hour on two cores
+    python bench/tiny_seeds.py --seeds 1 2 --only lsp lsp-zero --results /tmp/tuning
+
+Each run is a plain `python train.py ...`, two at a time, one thread each; its config.json,
+metrics.jsonl and eval.jsonl are kept in bench/results/tiny/NAME-SEED. Prints a table with every
+seed and, last, one JSON line with the means.
+"""
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECOND = ["--judge", "tiny", "--steps", "50", "--warmup", "10"]      # of the second stages
+GRPO_EASY = ["--algo", "grpo", "--prompts", "easy"]
+# name: (first stage that it starts from, flags)
+RUNS = {
+    "lsp": (None, []),
+    "lsp-zero": (None, ["--algo", "lsp-zero"]),
+    "grpo-easy": (None, GRPO_EASY),
+    "grpo-balanced": (None, ["--algo", "grpo", "--prompts", "balanced"]),
+    "grpo-easy-then-lsp": ("grpo-easy", SECOND),
+    "grpo-easy-then-grpo-easy": ("grpo-easy", [*GRPO_EASY, *SECOND[2:]]),
+    "lsp-then-grpo-easy": ("lsp", [*GRPO_EASY, *SECOND[2:]]),
+    "lsp-then-lsp": ("lsp", SECOND),
+}
+
+
+def run(name: str, seed: int, work: Path, results: Path):
+    """One run; its records are kept, its checkpoint lies in `work` for a second stage."""
+    kept = results / f"{name}-{seed}"
+    first, flags = RUNS[name]
+    start = ["--model", str(work / f"{first}-{seed}" / "checkpoint")] if first else []
+    shutil.rmtree(kept, ignore_errors=True)
+    command = [sys.executable, str(ROOT / "train.py"), *start, *flags, "--seed", str(seed), "--out",
+               str(work / f"{name}-{seed}"), "--device", "cpu"]
+    begun = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    kept.mkdir(parents=True)
+    for file in ("config.json", "metrics.jsonl", "eval.jsonl"):
+        shutil.copy(work / f"{name}-{seed}" / file, kept)
+    (kept / "seconds.txt").write_text(f"{time.perf_counter() - begun:.1f}\n")
+    print(f"{name}-{seed}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def figures(folder: Path) -> dict:
+    """What the table shows of a run."""
+    evals, metrics = lines(folder / "eval.jsonl"), lines(folder / "metrics.jsonl")
+    first, last = evals[0]["accuracy"], evals[-1]["accuracy"]
+    row = {"carry_before": first["carry"], "carry": last["carry"], "no_carry": last["none"],
+           "lowest_no_carry": min(e["accuracy"]["none"] for e in evals),
+           "R": statistics.mean(m["reward"] for m in metrics[-10:]),
+           "lowest_distinct": min(m["distinct_queries"] for m in metrics)}
+    asked = [e["challenger"] for e in evals if e["challenger"]]
+    if asked:
+        row |= {"malformed": asked[-1]["malformed"],
+                "peak_carry_share": max(a["unit"] + a["tens"] + a["both"] for a in asked)}
+    held = [m["held_out_queries"] for m in metrics]
+    return row | {"held_out_dropped": statistics.mean(held),
+                  "seconds": float((folder / "seconds.txt").read_text())}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The embedded world over many seeds.")
+    parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--results", type=Path, default=ROOT / "bench/results/tiny")
+    parser.add_argument("--work", type=Path, help="folder of whole runs (default: temporary)")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        for stage in (False, True):                          # second stages after the first ones
+            names = [n for n in args.only if bool(RUNS[n][0]) == stage]
+            with ThreadPoolExecutor(args.jobs) as pool:
+                list(pool.map(lambda job: run(*job, work, args.results),
+                              [(name, seed) for name in names for seed in args.seeds]))
+    means = {}
+    for name in args.only:
+        rows = {seed: figures(args.results / f"{name}-{seed}") for seed in args.seeds}
+        keys = list(rows[args.seeds[0]])
+        print(f"\n{name:26}" + "".join(f"{k:>17}" for k in keys))
+        for seed, row in rows.items():
+            print(f"  {seed:<24}" + "".join(f"{row[k]:17.3f}" for k in keys))
+        means[name] = {k: round(statistics.mean(row[k] for row in rows.values()), 4) for k in keys}
+        print(f"  {'mean':<24}" + "".join(f"{v:17.3f}" for v in means[name].values()))
+    print()
+    print(json.dumps({"seeds": args.seeds, "means": means}))
+
+
+if __name__ == "__main__":
+    main()
