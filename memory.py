@@ -21,13 +21,14 @@ class MasterAdamW:
         self.params = list(policy.parameters())
         self.masters = self.params
         if dtype != torch.float32:
-            self.masters = [nn.Parameter(p.detach().clone()) for p in self.params]
+            self.masters = [nn.Parameter(p.detach().float()) for p in self.params]
             for p, master in zip(self.params, self.masters):
                 p.data = p.data.to(dtype)
                 master.grad = torch.zeros_like(master)
                 # Once a micro-batch's bfloat16 gradient is whole, it is added in fp32 and freed.
                 p.register_post_accumulate_grad_hook(partial(self._collect, master))
-        self.adamw = torch.optim.AdamW(self.masters, betas=(0.9, 0.999), weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(self.masters, betas=(0.9, 0.999), weight_decay=weight_decay,
+                                       fused=True)
 
     @staticmethod
     def _collect(master: nn.Parameter, p: nn.Parameter):

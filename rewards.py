@@ -37,7 +37,8 @@ def last_hidden(model: Llama, rows: list[list[int]], batch_tokens: int) -> Tenso
     while waiting:
         batch = take_batch(waiting, lambda i: len(rows[i]), [0] * len(rows), batch_tokens)
         tokens, lengths = pad([rows[i] for i in batch], model.model.embed_tokens.weight.device)
-        hidden = model(tokens)[torch.arange(len(batch)), lengths - 1]        # (b, D)
+        rows_of = torch.arange(len(batch), device=lengths.device)
+        hidden = model(tokens)[rows_of, lengths - 1]                         # (b, D)
         for i, h in zip(batch, hidden):
             out[i] = h
     return torch.stack(out)

@@ -57,7 +57,7 @@ def make_folder(out: str | None, name: str) -> Path:
             continue
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None
-    raise InputError(f"--out {base} exists already; nothing is overwritten: choose another folder")
+    raise InputError(f"--out {base} exists already; nothing is overwritten: choose another")
 
 
 def write_json(path: Path, value):

@@ -105,6 +105,8 @@ def check(s: Settings):
             raise InputError(f"{flag} must be at least {least}, found {value}")
     if not 0 < s.temperature < float("inf"):
         raise InputError(f"--temperature {s.temperature}: training needs a distribution: above 0")
+    if s.out and Path(s.out).exists():
+        raise InputError(f"--out {s.out} exists already; nothing is overwritten: choose another")
     if s.algo == "grpo" and not s.prompts:
         raise InputError("--algo grpo learns from data: give --prompts FILE")
     if s.algo == "grpo" and s.prompts in MIXES and s.reward != "tiny":

@@ -323,14 +323,14 @@ def evaluate_world(game: Game) -> dict:
 # ---------------------------------------------------------------- the loop
 
 def train(s: Settings, preset: dict):
+    gold = s.reward in rewards.NEED_GOLD
+    held_out = read_data(s.eval_prompts, gold=gold) if s.eval_prompts else None
     game = set_up(s)
     dtype = pick_device(s.device)[1]
     if s.watch:
         game.policy.to(dtype)
         print(runs.transcript(s, play(game, 0)))
         return
-    gold = s.reward in rewards.NEED_GOLD
-    held_out = read_data(s.eval_prompts, gold=gold) if s.eval_prompts else None
     out = runs.make_folder(s.out, run_name(s))
     runs.write_json(out / "config.json", asdict(s))
     print("\n".join(f"{key} = {value}" for key, value in asdict(s).items() if value is not None))
