@@ -81,6 +81,12 @@ def read_prompt(path) -> str:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def prompt_file(model_path: Path, name: str) -> Path:
+    """prompts/NAME.txt of the model's directory, if it has a language of its own, or ours."""
+    own = model_path / "prompts" / f"{name}.txt"
+    return own if own.exists() else HERE / "prompts" / f"{name}.txt"
+
+
 def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
     """The device of that name (auto: cuda, then mps, then cpu) and the dtype to compute in there.
 

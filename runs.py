@@ -158,6 +158,16 @@ def step_line(s, m: dict) -> str:
     return line
 
 
+def example_line(r) -> str:
+    """One query of the round, the Challenger's best, with its answers and what they earned."""
+    n = 0 if r.A_ch is None else int(r.A_ch.argmax())
+    clip = lambda text, most: repr(text if len(text) <= most else text[:most - 3] + "...")
+    answers = Counter(clip(answer, 30) for answer in r.answers[n]).most_common(4)
+    said = ", ".join(f"{count} x {answer}" for answer, count in answers)
+    quality = "" if r.R_Q is None else f"  R_Q {r.R_Q[n].mean():.2f}"
+    return f"    asked {clip(r.queries[n], 70)}  answered {said}  R {r.R[n].mean():.2f}{quality}"
+
+
 def eval_line(s, record: dict) -> str:
     """An evaluation's line: held-out figures; in the embedded world accuracy and query shares."""
     line = f"eval {record['step']:>{len(str(s.steps))}}/{s.steps}"

@@ -1,5 +1,6 @@
 """The KV-cache sampler, and a way to talk to a model.
 
+    python sample.py "What is 37 + 48?"                                 # the embedded model
     python sample.py --model smollm2-135m "Why is the sea salty?"       # streams one answer
     python sample.py --model smollm2-135m --chat                   # a conversation; end with Ctrl-D
     python sample.py --model llama-3.2-3b --challenger --task "Pure & Applied Mathematics"
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from chat import Tokenizer, fill
-from files import HERE, InputError, find_model, pick_device, read_prompt
+from files import InputError, find_model, pick_device, prompt_file, read_prompt
 from model import Cache, Llama, load_model
 from runs import Parser, run_script
 
@@ -213,13 +214,12 @@ def stream(model: Llama, tokenizer: Tokenizer, messages: list[dict], *, max_new_
 def main():
     parser = Parser(description="Talk to a model.")
     parser.add_argument("prompt", nargs="?", help="what to ask")
-    parser.add_argument("--model", required=True, help="a known name, a directory or a hub id")
+    parser.add_argument("--model", default="tiny", help="a known name, a directory or a hub id")
     parser.add_argument("--chat", action="store_true",
                         help="hold a conversation; end it with Ctrl-D")
     parser.add_argument("--challenger", action="store_true",
                         help="play the Challenger: write a query")
-    parser.add_argument("--challenger-prompt", default=HERE / "prompts/challenger.txt",
-                        help="its prompt file")
+    parser.add_argument("--challenger-prompt", help="its file (default: the model's own or ours)")
     parser.add_argument("--task", default="None", help="fills {task} of the Challenger's prompt")
     parser.add_argument("--template", default="None",
                         help="fills {template} of the Challenger's prompt")
@@ -239,7 +239,8 @@ def main():
     say = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
 
     if args.challenger:
-        prompt = fill(read_prompt(args.challenger_prompt), task=args.task, template=args.template)
+        prompt = read_prompt(args.challenger_prompt or prompt_file(path, "challenger"))
+        prompt = fill(prompt, task=args.task, template=args.template)
         stream(model, tokenizer, [{"role": "user", "content": prompt}], seed=args.seed, **say)
         return
     if not args.chat:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lsp
 import rewards
-from files import HERE, InputError, find_model, read_json
+from files import InputError, find_model, prompt_file, read_json
 from tiny.world import MIXES
 
 
@@ -88,10 +88,8 @@ def resolve(given: dict) -> tuple[Settings, dict]:
         if kind is None or not isinstance(value, (int, float) if kind is float else kind):
             raise InputError(f"{file}: {key} = {value!r} is no setting, or not of its type")
     s = Settings(**ALGOS[given.get("algo", Settings.algo)] | preset | given)
-    for kind in ("challenger_prompt", "self_reward_prompt"):
-        file = f"prompts/{kind.removesuffix('_prompt')}.txt"
-        if getattr(s, kind) is None:
-            setattr(s, kind, str((path if (path / file).exists() else HERE) / file))
+    s.challenger_prompt = s.challenger_prompt or str(prompt_file(path, "challenger"))
+    s.self_reward_prompt = s.self_reward_prompt or str(prompt_file(path, "self_reward"))
     check(s)
     return s, preset
 

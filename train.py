@@ -367,6 +367,8 @@ def train(s: Settings, preset: dict):
         for record in runs.samples(r, step):
             runs.append_line(out / "samples.jsonl", record)
         print(runs.step_line(s, m), flush=True)
+        if step % 10 == 0:
+            print(runs.example_line(r), flush=True)
         last = step == s.steps or stop
         if step % s.save_every == 0 or last:
             runs.save_checkpoint(out, step, lambda folder: save_model(game.policy, folder))

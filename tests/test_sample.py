@@ -155,7 +155,7 @@ def test_the_script_answers_chats_and_plays_the_challenger(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--model", "x"], "give one of"), (["hi"], "--model"),
+    (["--model", "x"], "give one of"), ([], "give one of"),
     (["--model", "x", "hi", "--chat"], "give one of"),
     (["--model", "x", "hi", "--temperature", "-1"], "--temperature"),
     (["--model", "x", "hi"], "no such directory"),
