@@ -1,4 +1,4 @@
-"""Look at what runs did.
+"""Measure and look at runs: held-out figures while they train (train.py calls those), and curves.
 
     python eval.py plot runs/tiny-lsp-* --out curves.png     # needs matplotlib
 
@@ -9,11 +9,65 @@ import json
 import re
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+import rewards
+from data import EVALUATE, generator
 from files import InputError
 from runs import Parser, run_script
+from sample import sample, text_of
 
 CLASSES = {"none": ":", "unit": "--", "tens": "-.", "both": "-"}       # line styles
 
+
+# ---------------------------------------------------------------- during a run
+
+def greedy(game, queries: list[str]) -> tuple[list[str], Tensor]:
+    """The Solver's likeliest answers, and whether each came to its end, (len,) bool."""
+    prompts = [game.tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
+    rows = sample(game.policy, prompts, max_new_tokens=game.settings.answer_tokens, temperature=0,
+                  stop_ids=game.tokenizer.stop_ids, batch_tokens=game.settings.batch_tokens)
+    texts = [text_of(game.tokenizer, row) for (row,) in rows]
+    return texts, torch.tensor([row.stopped for (row,) in rows])
+
+
+def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list[dict]]:
+    """Greedy answers to held-out prompts: mean reward, win-rate against the start's answers.
+
+    A win is a higher reward for the same prompt, a tie counts half. The reward is the run's own, so
+    a rise here can still be a weakness of the reward. Returns the figures, and what was answered:
+    a record a prompt. start: those records of the starting model; None: this is the start.
+    """
+    queries, golds = map(list, zip(*held_out))
+    answers, stopped = greedy(game, queries)
+    ours = game.reward(queries, answers, golds)                                            # (len,)
+    if game.settings.reward in rewards.VERIFIABLE:         # as in training: cut off is not answered
+        ours = ours * stopped
+    answered = [{"query": q, "answer": a, "reward": r}
+                for q, a, r in zip(queries, answers, ours.tolist())]
+    theirs = torch.tensor([record["reward"] for record in start or answered])              # (len,)
+    wins = (ours > theirs).float() + (ours == theirs).float() / 2
+    figures = {"reward": ours.mean().item(), "win_rate": wins.mean().item(), "n": len(held_out)}
+    return figures, answered
+
+
+def evaluate_world(game) -> dict:
+    """The embedded world: greedy accuracy on all held-out sums; what 1,000 sampled queries are."""
+    s, queries = game.settings, game.world.held_out_queries()
+    accuracy = game.world.accuracy(queries, greedy(game, queries)[0])
+    record = {"accuracy": accuracy, "challenger": None}
+    if game.challenger_prompt:
+        (rows,) = sample(game.policy, [game.challenger_prompt], num_samples=1000,
+                         temperature=s.temperature, max_new_tokens=s.query_tokens,
+                         stop_ids=game.tokenizer.stop_ids, batch_tokens=s.batch_tokens,
+                         generator=generator(s.seed, 0, EVALUATE))
+        asked = [text_of(game.tokenizer, row) for row in rows]
+        record["challenger"] = game.world.challenger_shares(asked)
+    return record
+
+
+# ---------------------------------------------------------------- curves
 
 def read_lines(path: Path) -> list[dict]:
     """The objects of a .jsonl file, if there is one; a half-written last line is left out."""

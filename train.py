@@ -27,7 +27,8 @@ import lsp
 import rewards
 import runs
 from chat import Tokenizer, fill
-from data import CHALLENGE, EVALUATE, JUDGE, SOLVE, draw, generator, read_data
+from data import CHALLENGE, JUDGE, SOLVE, draw, generator, read_data
+from eval import evaluate, evaluate_world
 from files import InputError, find_model, pick_device, read_prompt
 from memory import MasterAdamW
 from model import Llama, load_model, save_model
@@ -106,7 +107,7 @@ class Round:
     R: Tensor                              # (N, G) before scaling
     R_Q: Tensor | None                     # (N, G) unread ones filled in
     judgements: list[dict]                 # (N * G), empty without a judge
-    kept: Tensor                           # (N,) bool: not in the embedded world's held-out half
+    kept: Tensor                           # (N,) bool: not held out for evaluation
     A_sol: Tensor                          # (N, G)
     A_ch: Tensor | None                    # (N,)
     seconds: dict[str, float]              # by phase
@@ -281,45 +282,6 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
     }
 
 
-# ---------------------------------------------------------------- evaluation
-
-def greedy(game: Game, queries: list[str]) -> list[str]:
-    """The Solver's likeliest answers."""
-    prompts = [game.tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
-    rows = sample(game.policy, prompts, max_new_tokens=game.settings.answer_tokens, temperature=0,
-                  stop_ids=game.tokenizer.stop_ids, batch_tokens=game.settings.batch_tokens)
-    return [text_of(game.tokenizer, row) for (row,) in rows]
-
-
-def evaluate(game: Game, held_out: list, start_answers: list[str] | None) -> tuple[dict, list[str]]:
-    """Greedy answers to held-out prompts: mean reward, win-rate against the start's answers.
-
-    A win is a higher reward for the same prompt, a tie counts half. The reward is the run's own, so
-    a rise here can still be a weakness of the reward. start_answers None: these are the first ones.
-    """
-    queries, golds = map(list, zip(*held_out))
-    answers = greedy(game, queries)
-    ours = game.reward(queries, answers, golds)                                            # (len,)
-    theirs = game.reward(queries, start_answers or answers, golds)                         # (len,)
-    wins = (ours > theirs).float() + (ours == theirs).float() / 2
-    record = {"reward": ours.mean().item(), "win_rate": wins.mean().item(), "n": len(held_out)}
-    return record, answers
-
-
-def evaluate_world(game: Game) -> dict:
-    """The embedded world: greedy accuracy on all held-out sums; what 1,000 sampled queries are."""
-    s, queries = game.settings, game.world.held_out_queries()
-    record = {"accuracy": game.world.accuracy(queries, greedy(game, queries)), "challenger": None}
-    if game.challenger_prompt:
-        (rows,) = sample(game.policy, [game.challenger_prompt], num_samples=1000,
-                         temperature=s.temperature, max_new_tokens=s.query_tokens,
-                         stop_ids=game.tokenizer.stop_ids, batch_tokens=s.batch_tokens,
-                         generator=generator(s.seed, 0, EVALUATE))
-        asked = [text_of(game.tokenizer, row) for row in rows]
-        record["challenger"] = game.world.challenger_shares(asked)
-    return record
-
-
 # ---------------------------------------------------------------- the loop
 
 def train(s: Settings, preset: dict):
@@ -336,15 +298,17 @@ def train(s: Settings, preset: dict):
     print("\n".join(f"{key} = {value}" for key, value in asdict(s).items() if value is not None))
     game.policy.carried["training.json"] = json.dumps(preset, indent=2).encode()
     optimizer = MasterAdamW(game.policy, dtype, weight_decay=s.weight_decay)
-    start_answers, stop, evals = None, runs.StopRequest(), []
+    start, stop, evals = None, runs.StopRequest(), []
 
     def look(step):
-        nonlocal start_answers
+        nonlocal start
         record = {"step": step}
         if held_out:
-            figures, answers = evaluate(game, held_out, start_answers)
-            start_answers = start_answers or answers
+            figures, answered = evaluate(game, held_out, start)
+            start = start or answered
             record |= figures
+            for line in answered:
+                runs.append_line(out / "eval_samples.jsonl", {"step": step} | line)
         if game.world:
             record |= evaluate_world(game)
         if len(record) > 1:

@@ -2,8 +2,10 @@
 import builtins
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import eval as eval_script
 from files import InputError
@@ -75,3 +77,16 @@ def test_without_matplotlib_plot_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(InputError, match="pip install matplotlib"):
         eval_script.plot([str(tmp_path)], str(tmp_path / "x.png"))
+
+
+def test_win_rate_counts_ties_half_and_cut_off_answers_as_wrong(monkeypatch):
+    game = SimpleNamespace(settings=SimpleNamespace(reward="exact"),
+                           reward=lambda q, a, g: torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    held_out = [("q", "1")] * 4
+    ends = torch.tensor([True, True, True, False])           # the last one was cut off
+    monkeypatch.setattr(eval_script, "greedy", lambda game, queries: (["a"] * 4, ends))
+    start = [{"reward": r} for r in (0.0, 1.0, 1.0, 0.0)]
+    figures, answered = eval_script.evaluate(game, held_out, start)      # win, tie, loss, tie
+    assert figures == {"reward": 0.5, "win_rate": 0.5, "n": 4}
+    assert [a["reward"] for a in answered] == [1, 1, 0, 0]
+    assert eval_script.evaluate(game, held_out, None)[0]["win_rate"] == 0.5

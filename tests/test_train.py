@@ -319,6 +319,8 @@ def test_lsp_runs_records_and_its_checkpoint_starts_a_second_stage(world):
     assert len(said) == 6 and all(len(s["answers"]) == 2 for s in said)
     assert all({"reward", "quality", "advantage", "stopped", "judgement", "reason"}
                <= set(s["answers"][0]) for s in said)
+    answered = records(out / "eval_samples.jsonl")
+    assert len(answered) == 15 and {"step", "query", "answer", "reward"} == set(answered[0])
     evals = records(out / "eval.jsonl")
     assert ([e["step"] for e in evals] == [0, 1, 2] and evals[0]["win_rate"] == 0.5
             and evals[0]["n"] == 5)
