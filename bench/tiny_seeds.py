@@ -1,6 +1,7 @@
 """The embedded world over many seeds: every run of README.md's figure and table.
 
     python bench/tiny_seeds.py --seeds 1001 1002 1003 1004 1005       # about an hour on two cores
+    python bench/tiny_seeds.py --seeds 1001 1002 1003 1004 1005 --print     # what is there
     python bench/tiny_seeds.py --seeds 1 2 --only lsp lsp-zero --results /tmp/tuning
 
 Each run is a plain `python train.py ...`, two at a time, one thread each; its config.json,
@@ -74,6 +75,26 @@ def figures(folder: Path) -> dict:
                   "seconds": float((folder / "seconds.txt").read_text())}
 
 
+def span(rows: list[dict], key: str) -> str:
+    """Least to most over the seeds."""
+    values = [row[key] for row in rows if key in row]
+    return f"{min(values):.3f} to {max(values):.3f}" if values else "-"
+
+
+def table(names: list[str], seeds: list[int], results: Path) -> tuple[list[str], dict]:
+    """README.md's table, a line a setting, and the means of all figures."""
+    heads = [*map(str, seeds), "no-carry", "malformed", "peak carry share", "R"]
+    lines = [f"| setting | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    means = {}
+    for name in names:
+        rows = [figures(results / f"{name}-{seed}") for seed in seeds]
+        means[name] = {k: round(statistics.mean(row[k] for row in rows), 4) for k in rows[0]}
+        cells = [f"{row['carry']:.3f}" for row in rows] + [
+            span(rows, key) for key in ("no_carry", "malformed", "peak_carry_share", "R")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines, means
+
+
 def main():
     parser = argparse.ArgumentParser(description="The embedded world over many seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
@@ -81,24 +102,23 @@ def main():
     parser.add_argument("--results", type=Path, default=ROOT / "bench/results/tiny")
     parser.add_argument("--work", type=Path, help="folder of whole runs (default: temporary)")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--print", action="store_true", help="run nothing, print what is there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         for stage in (False, True):                          # second stages after the first ones
-            names = [n for n in args.only if bool(RUNS[n][0]) == stage]
+            jobs = [(name, seed) for name in args.only for seed in args.seeds
+                    if bool(RUNS[name][0]) == stage and not args.print]
             with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(lambda job: run(*job, work, args.results),
-                              [(name, seed) for name in names for seed in args.seeds]))
-    means = {}
+                list(pool.map(lambda job: run(*job, work, args.results), jobs))
     for name in args.only:
         rows = {seed: figures(args.results / f"{name}-{seed}") for seed in args.seeds}
         keys = list(rows[args.seeds[0]])
         print(f"\n{name:26}" + "".join(f"{k:>17}" for k in keys))
         for seed, row in rows.items():
             print(f"  {seed:<24}" + "".join(f"{row[k]:17.3f}" for k in keys))
-        means[name] = {k: round(statistics.mean(row[k] for row in rows.values()), 4) for k in keys}
-        print(f"  {'mean':<24}" + "".join(f"{v:17.3f}" for v in means[name].values()))
-    print()
+    lines, means = table(args.only, args.seeds, args.results)
+    print("", *lines, "", sep="\n")
     print(json.dumps({"seeds": args.seeds, "means": means}))
 
 
