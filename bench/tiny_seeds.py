@@ -49,7 +49,8 @@ def run(name: str, seed: int, work: Path, results: Path):
                    env=os.environ | {"OMP_NUM_THREADS": "1"})
     kept.mkdir(parents=True)
     for file in ("config.json", "metrics.jsonl", "eval.jsonl"):
-        shutil.copy(work / f"{name}-{seed}" / file, kept)
+        text = (work / f"{name}-{seed}" / file).read_text()
+        (kept / file).write_text(text.replace(f"{ROOT}/", "").replace(f"{work}/", ""))
     (kept / "seconds.txt").write_text(f"{time.perf_counter() - begun:.1f}\n")
     print(f"{name}-{seed}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
 

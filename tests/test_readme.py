@@ -53,3 +53,11 @@ def test_every_file_flag_and_test_that_the_readme_names_exists():
 def test_the_continuous_integration_calls_the_readmes_test_command():
     script = (ROOT / ".ci/run").read_text()
     assert "python -m pytest" in COMMANDS and "\npython -m pytest\n" in script
+
+
+def test_the_results_table_is_what_the_stored_runs_give():
+    seeds = re.findall(r"bench/tiny_seeds.py --seeds ([\d ]+?)\s*#", TEXT)[0].split()
+    command = [sys.executable, ROOT / "bench/tiny_seeds.py", "--print", "--seeds", *seeds]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line for line in printed.split("\n") if line.startswith("|")]
+    assert len(rows) == 10 and all(row in TEXT for row in rows)
