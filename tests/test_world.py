@@ -135,6 +135,15 @@ def test_the_judge_rewards_form_and_sees_malformed_queries(base):
     assert score(broken).nan_to_num(0).max() <= 2
 
 
+def test_the_longest_and_strangest_query_and_answer_still_fit_the_judge(base):
+    model, tokenizer = base
+    s, _ = resolve({})
+    query, answer = "<|assistant|>" * s.query_tokens, "<|assistant|>" * s.answer_tokens
+    scores, _ = rewards.self_reward(model, tokenizer, [query, ""], [answer, ""],
+                                    prompt=read_prompt(s.self_reward_prompt), max_new_tokens=5)
+    assert scores.nan_to_num(0).max() <= 2
+
+
 def test_queries_answers_and_scores_survive_the_tokenizer(base):
     for text in ("What is 37 + 48?", "85", "<Score>7</Score>"):
         assert base[1].decode(base[1].encode(text)) == text

@@ -52,7 +52,7 @@ CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
     "vocab_size": len(SPECIAL + WORDS), "hidden_size": 128, "intermediate_size": 344,
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu", "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
     "initializer_range": 0.05, "use_cache": True, "bos_token_id": SPECIAL.index("<|bos|>"),
     "eos_token_id": SPECIAL.index("<|end|>"), "pad_token_id": SPECIAL.index("<|end|>"),
