@@ -42,8 +42,9 @@ def test_every_file_flag_and_test_that_the_readme_names_exists():
     for file in re.findall(r"`((?:\w+/)*\w+\.(?:py|txt|json))`", TEXT):
         assert (ROOT / file).exists() or (ROOT / "tiny" / file).exists(), file
     flags = {"--" + f.replace("_", "-") for f in Settings.__dataclass_fields__}
+    other_scripts = "".join(p.read_text() for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")))
     for flag in re.findall(r"`(--[\w-]+)", TEXT):
-        assert flag in flags, flag
+        assert flag in flags or f'"{flag}"' in other_scripts, flag
     for module, function in re.findall(r"`(lsp|train|rewards)\.(\w+)`", TEXT):
         assert function == "py" or hasattr(__import__(module), function), function
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", TEXT):

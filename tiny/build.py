@@ -120,6 +120,8 @@ def new_model(path: Path) -> Llama:
     model.raw_config = CONFIG
     model.carried = {name: (path / name).read_bytes() for name in
                      ("tokenizer.json", "tokenizer_config.json", "generation_config.json")}
+    model.carried |= {name: (HERE / name).read_bytes() for name in      # so that train.py plays it
+                      ("training.json", "prompts/challenger.txt", "prompts/self_reward.txt")}
     return model
 
 
