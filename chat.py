@@ -44,7 +44,8 @@ class Tokenizer:
         self._special_name = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
         named = {
             key: settings.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        self._names = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items() if v}
+        self._names = {key: value.get("content") if isinstance(value, dict) else value
+                       for key, value in named.items() if value}
         self._template = self._compile(settings)
         self.stop_ids = self._find_stop_ids()
 
@@ -122,7 +123,7 @@ class Tokenizer:
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=generation_prompt, **self._names)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:               # a template is a program: it can fail in any way
             raise InputError(f"{self.path}: chat template: {error}") from None
 
     def _find_stop_ids(self) -> set[int]:
@@ -131,7 +132,8 @@ class Tokenizer:
             if (self.path / file).exists():
                 eos = read_json(self.path / file).get("eos_token_id")
                 ids |= {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
-        turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        end = self._render(turn, False).rpartition("x")[2]                 # what follows the answer
+        mark = "\ue000"                          # a private-use character: in no token's name
+        turn = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
+        end = self._render(turn, False).rpartition(mark)[2]                # what follows the answer
         first = self._special_name.search(end)
         return ids | ({self.special[first[0]]} if first else set())

@@ -37,7 +37,8 @@ def parse_config(raw: dict, name: str = "config.json") -> Config:
              f"{key} must be a positive {kind.__name__}, found {value!r}")
         return kind(value)
 
-    architecture = (raw.get("architectures") or ["LlamaForCausalLM"])[0]
+    names = raw.get("architectures") or ["LlamaForCausalLM"]
+    architecture = names[0] if isinstance(names, list) else names
     known = ("LlamaForCausalLM", "LlamaForSequenceClassification")
     need(raw.get("model_type") == "llama" and architecture in known,
          f"model_type {raw.get('model_type')!r}, architecture {architecture!r} "
@@ -73,5 +74,6 @@ def parse_config(raw: dict, name: str = "config.json") -> Config:
         rope_scaling=scaling, tie_word_embeddings=bool(tied), scalar_head=scalar_head)
     need(heads % config.num_key_value_heads == 0, f"num_attention_heads {heads} is not a multiple "
          f"of num_key_value_heads {config.num_key_value_heads}")
+    need(config.num_hidden_layers < 1000, f"{config.num_hidden_layers} layers cannot be meant")
     need(config.head_dim % 2 == 0, f"head_dim must be even, found {config.head_dim}")
     return config

@@ -163,7 +163,7 @@ class Block(nn.Module):
 
 class ScalarHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
-        return wide(super().forward(hidden))[..., 0]                         # (..., D) -> (...)
+        return F.linear(wide(hidden), wide(self.weight))[..., 0]                 # (..., D) -> (...)
 
 
 class Llama(nn.Module):
@@ -266,6 +266,9 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
     """
     path = Path(path)
     raw = read_json(path / "config.json")
+    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"         # of its checkpoints
+    if stored not in ("float64", "float32", "float16", "bfloat16"):
+        raise InputError(f"{path / 'config.json'}: dtype {stored!r} is not supported")
     with torch.device("meta"):                                              # shapes only, no memory
         model = Llama(parse_config(raw, str(path / "config.json")))
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -314,7 +317,7 @@ def save_model(model: Llama, path, *, dtype: torch.dtype | None = None):
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     key = "dtype" if "dtype" in model.raw_config else "torch_dtype"
-    dtype = dtype or getattr(torch, str(model.raw_config.get(key, "float32")))
+    dtype = dtype or getattr(torch, model.raw_config.get(key) or "float32")
     config = model.raw_config | {key: str(dtype).removeprefix("torch.")}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name, content in model.carried.items():

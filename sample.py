@@ -231,7 +231,7 @@ def main():
     args = parser.parse_args()
     if (args.prompt is not None) + args.chat + args.challenger != 1:
         raise InputError('give one of: a prompt, --chat, --challenger')
-    if args.max_new_tokens < 1 or args.temperature < 0 or args.seed < 0:
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < 1e6 or args.seed < 0:
         raise InputError("--max-new-tokens must be at least 1, --temperature and --seed at least 0")
     path = find_model(args.model)
     device, dtype = pick_device(args.device)

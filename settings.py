@@ -85,9 +85,13 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     known = {f.name: f for f in fields(Settings)}
     for key, value in preset.items():
         kind = known[key].type if key in known else None
-        if kind is None or not isinstance(value, (int, float) if kind is float else kind):
+        good = kind and isinstance(value, (int, float) if kind is float else kind)
+        good = good and (kind is bool or not isinstance(value, bool))
+        choices = known[key].metadata["choices"] if good else None
+        if not good or choices and value not in choices:
             raise InputError(f"{file}: {key} = {value!r} is no setting, or not of its type")
-    s = Settings(**ALGOS[given.get("algo", Settings.algo)] | preset | given)
+    algo = given.get("algo", preset.get("algo", Settings.algo))
+    s = Settings(**ALGOS[algo] | preset | given)
     s.challenger_prompt = s.challenger_prompt or str(prompt_file(path, "challenger"))
     s.self_reward_prompt = s.self_reward_prompt or str(prompt_file(path, "self_reward"))
     check(s)

@@ -88,7 +88,11 @@ def set_up(s: Settings) -> Game:
     if s.self_reward:
         game.judge = game.reference if shared else load(judge_path)
     game.policy = load(start, torch.float32)     # its masters' precision; MasterAdamW makes it bf16
-    if game.reference and game.reference.config.vocab_size != game.policy.config.vocab_size:
+    for flag in ("policy", "reference", "judge"):
+        model = getattr(game, flag)
+        if model and model.config.scalar_head:
+            raise InputError(f"the {flag} is a reward model, which cannot write")
+    if s.beta and game.reference.config.vocab_size != game.policy.config.vocab_size:
         raise InputError(f"--reference {s.reference}: another vocabulary than the policy's")
     return game
 
@@ -239,6 +243,7 @@ def accumulate(game: Game, rows: list[Row], weight: float) -> Counter:
         if s.mask_truncated:
             stopped = logp.new_tensor([row.completion.stopped for row in batch])           # (B,)
             advantages, mask = advantages * stopped, mask & stopped.bool()[:, None]
+            copies = copies * stopped
         loss, statistics = lsp.policy_loss(logp, ref_logp, advantages, mask, beta=s.beta, kl=s.kl,
                                            count=count, copies=copies)
         (weight * loss).backward()
@@ -333,12 +338,13 @@ def train(s: Settings, preset: dict):
         print(runs.step_line(s, m), flush=True)
         if step % 10 == 0:
             print(runs.example_line(r), flush=True)
-        last = step == s.steps or stop
+        stopping = bool(stop)                # read once: a signal during what follows waits a step
+        last = step == s.steps or stopping
         if step % s.save_every == 0 or last:
             runs.save_checkpoint(out, step, lambda folder: save_model(game.policy, folder))
         if step % s.eval_every == 0 or last:
             look(step)
-        if stop:
+        if stopping:
             break
     print(runs.closing_lines(out, evals))
     if stop:
