@@ -313,3 +313,32 @@ def test_a_broken_tokenizer_file_is_named(tmp_path):
 
 def test_fill_never_fills_what_a_value_brought_in():
     assert fill("{a} {b} {c}", a="{b}", b="{a}") == "{b} {a} {c}"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"torch_dtype": "int8"}, "dtype 'int8'"), ({"torch_dtype": "auto"}, "dtype 'auto'"),
+    ({"num_hidden_layers": 10**9}, "layers cannot be meant")])
+def test_a_config_that_could_only_fail_later_is_refused_at_once(tmp_path, change, message):
+    write_checkpoint(tmp_path / "m", "untied")
+    config = json.loads((tmp_path / "m/config.json").read_text()) | change
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        load_model(tmp_path / "m")
+
+
+def test_a_null_dtype_is_saved_as_fp32(tmp_path):
+    write_checkpoint(tmp_path / "m", "untied", torch_dtype=None)
+    save_model(load_model(tmp_path / "m"), tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_an_end_of_turn_token_with_any_name_is_found(tmp_path):
+    write_checkpoint(tmp_path / "m", "untied")
+    file = tmp_path / "m/tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    template = settings["chat_template"].replace("<|end_of_turn|>", "<|end_of_text|>")
+    file.write_text(json.dumps(settings | {"chat_template": template}))
+    (tmp_path / "m/generation_config.json").unlink()
+    (tmp_path / "m/config.json").unlink()
+    tokenizer = Tokenizer(tmp_path / "m")
+    assert tokenizer.stop_ids == {tokenizer.special["<|end_of_text|>"]}

@@ -390,3 +390,19 @@ def test_every_setting_is_a_flag_with_a_help_text():
     text = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True,
                           text=True).stdout
     assert all("--" + f.name.replace("_", "-") in text for f in dataclasses.fields(Settings))
+
+
+@pytest.mark.parametrize("preset", [{"kl": "foo"}, {"device": "foo"}, {"queries": True},
+                                    {"queries": "x"}, {"nonsense": 1}])
+def test_a_bad_preset_names_the_file_and_the_setting(tmp_path, preset):
+    write_checkpoint(tmp_path / "m", "untied")
+    (tmp_path / "m/training.json").write_text(json.dumps(preset))
+    with pytest.raises(InputError, match=f"training.json: {next(iter(preset))} = "):
+        resolve({"model": str(tmp_path / "m")})
+
+
+def test_a_reward_model_is_refused_as_a_player(world):
+    s, _ = resolve({"model": str(world / "m"), "reward": str(world / "rm"),
+                    "judge": str(world / "rm"), "device": "cpu"})
+    with pytest.raises(InputError, match="the judge is a reward model"):
+        train.set_up(s)
