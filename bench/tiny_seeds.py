@@ -41,12 +41,12 @@ def run(name: str, seed: int, work: Path, results: Path):
     kept = results / f"{name}-{seed}"
     first, flags = RUNS[name]
     start = ["--model", str(work / f"{first}-{seed}" / "checkpoint")] if first else []
-    shutil.rmtree(kept, ignore_errors=True)
     command = [sys.executable, str(ROOT / "train.py"), *start, *flags, "--seed", str(seed), "--out",
                str(work / f"{name}-{seed}"), "--device", "cpu"]
     begun = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+    shutil.rmtree(kept, ignore_errors=True)    # only now: a failed run must not cost the old
     kept.mkdir(parents=True)
     for file in ("config.json", "metrics.jsonl", "eval.jsonl"):
         text = (work / f"{name}-{seed}" / file).read_text()

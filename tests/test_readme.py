@@ -1,4 +1,4 @@
-"""README.md is true: its commands parse or run, the files, flags and tests it names exist."""
+"""README.md is true: training commands parse or run, the files, flags and tests it names exist."""
 import re
 import shlex
 import subprocess
