@@ -9,14 +9,12 @@
 
 Departures from the paper: KL as k2, since the printed term pulls nowhere (lsp.py; --kl paper for
 the letter). GRPO is Eq. 4 on given prompts: no division by the standard deviation, and no clipping,
-which could never bind, every batch being used once. Shapes: N queries, G answers a query, B rows of
-a micro-batch, L tokens of its longest row, T of its longest completion, M of all, D hidden size.
+which could never bind, every batch being used once. Shapes: N queries, G answers a query.
 """
 import json
 import math
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from types import ModuleType
 
@@ -30,9 +28,10 @@ from chat import Tokenizer, fill
 from data import CHALLENGE, JUDGE, SOLVE, draw, generator, read_data
 from eval import evaluate, evaluate_world
 from files import InputError, find_model, pick_device, read_prompt
+from gradient import Row, accumulate
 from memory import MasterAdamW
 from model import Llama, load_model, save_model
-from sample import Completion, pad, sample, take_batch, text_of
+from sample import Completion, sample, text_of
 from settings import Settings, resolve, run_name
 from tiny import world as tiny_world
 
@@ -185,74 +184,6 @@ def play(game: Game, step: int) -> Round:
 
 
 # ---------------------------------------------------------------- update
-
-@dataclass
-class Row:
-    """A completion on its way into the loss; equal ones travel as one."""
-    prompt: list[int]
-    completion: Completion
-    advantage: float         # the sum over its copies
-    copies: int = 1
-
-
-def merge(rows: list[Row]) -> list[Row]:
-    """Equal rows as one, with their number and summed advantage: the same gradient, once."""
-    merged = {}
-    for row in rows:
-        first = merged.setdefault((tuple(row.prompt), tuple(row.completion.tokens)),
-                                  Row(row.prompt, row.completion, 0.0, 0))
-        first.advantage += row.advantage
-        first.copies += row.copies
-    return list(merged.values())
-
-
-def completion_logp(model: Llama, rows: list[Row], temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs of the rows' completion tokens (B, T), 0 beyond their ends, and the mask (B, T)."""
-    device = model.model.embed_tokens.weight.device
-    tokens, lengths = pad([row.prompt + row.completion.tokens for row in rows], device)    # (B, L)
-    start = torch.tensor([len(row.prompt) for row in rows], device=device)                 # (B,)
-    longest = max(len(row.completion.tokens) for row in rows)
-    mask = torch.arange(longest, device=device) < (lengths - start)[:, None]               # (B, T)
-    b, t = mask.nonzero(as_tuple=True)                                                   # both (M,)
-    at = start[b] + t                                          # (M,)   the token's place in its row
-    hidden = model(tokens)[b, at - 1]                          # (M, D) the state before predicts it
-    logp = model.log_probs(hidden, tokens[b, at], temperature=temperature)                 # (M,)
-    return logp.new_zeros(mask.shape).index_put((b, t), logp), mask
-
-
-def accumulate(game: Game, rows: list[Row], weight: float) -> Counter:
-    """Add the gradient of weight * (Eq. 4 or 5) over these rows to the policy's; return sums.
-
-    The loss is normalised by the number of all rows before it is cut into micro-batches, so that
-    their size changes nothing (test_micro_batch_size_changes_no_gradient).
-    """
-    s, sums = game.settings, Counter()
-    count, rows = len(rows), merge(rows)
-    length = lambda i: len(rows[i].prompt) + len(rows[i].completion.tokens)
-    waiting = sorted(range(len(rows)), key=length)
-    while waiting:
-        taken = take_batch(waiting, length, [0] * len(rows), s.micro_batch_tokens)
-        batch = [rows[i] for i in taken]
-        logp, mask = completion_logp(game.policy, batch, s.temperature)                    # (B, T)
-        ref_logp = None
-        if s.beta:
-            with torch.no_grad():
-                ref_logp, _ = completion_logp(game.reference, batch, s.temperature)        # (B, T)
-        advantages = logp.new_tensor([row.advantage for row in batch])                     # (B,)
-        copies = logp.new_tensor([row.copies for row in batch])                            # (B,)
-        if s.mask_truncated:
-            stopped = logp.new_tensor([row.completion.stopped for row in batch])           # (B,)
-            advantages, mask = advantages * stopped, mask & stopped.bool()[:, None]
-            copies = copies * stopped
-        loss, statistics = lsp.policy_loss(logp, ref_logp, advantages, mask, beta=s.beta, kl=s.kl,
-                                           count=count, copies=copies)
-        (weight * loss).backward()
-        sampled, _ = pad([row.completion.logp for row in batch], logp.device, logp.dtype)  # (B, T)
-        gap = ((logp.detach() - sampled).abs() * mask * copies[:, None]).sum()
-        sums.update({k: v.item() for k, v in statistics.items()} | {
-            "gap": gap.item(), "loss": loss.item()})
-    return sums
-
 
 def learning_rate(s: Settings, step: int) -> float:
     """Linear warm-up to --learning-rate, then linear decay to --final-lr-share of it at the end."""

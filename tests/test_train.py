@@ -15,11 +15,12 @@ import settings
 import train
 from data import draw, read_data
 from files import InputError
+from gradient import Row, accumulate, completion_logp
 from memory import MasterAdamW
 from model import Llama, parse_config
 from sample import Completion, sample
 from settings import Settings, resolve
-from train import Game, Row, accumulate, completion_logp
+from train import Game
 
 
 def game(policy, reference=None, **settings):

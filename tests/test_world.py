@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import gradient
 import rewards
 import train
 from chat import Tokenizer
@@ -206,7 +207,7 @@ def test_held_out_queries_are_played_but_not_trained_on(monkeypatch):
     assert r.A_sol[:2].abs().sum() == 0 and r.A_ch[:2].abs().sum() == 0
     assert r.A_ch[r.kept].sum().abs() < 1e-4                 # centred over the others alone
     counted = []
-    count = lambda game, rows, weight: counted.append(len(rows)) or train.Counter()
+    count = lambda game, rows, weight: counted.append(len(rows)) or gradient.Counter()
     monkeypatch.setattr(train, "accumulate", count)
     optimizer = train.MasterAdamW(game.policy, torch.float32, weight_decay=0.0)
     for p in game.policy.parameters():
@@ -231,16 +232,16 @@ def test_equal_rows_travel_as_one_with_the_same_gradient(monkeypatch):
     s, _ = resolve({"device": "cpu"})
     game = train.set_up(s)
     r = train.play(game, 0)
-    rows = [train.Row(prompt, completion, advantage)
+    rows = [gradient.Row(prompt, completion, advantage)
             for prompt, group, line in zip(r.solver_prompts, r.answer_rows, r.A_sol.tolist())
             for completion, advantage in zip(group, line)]
-    assert len(train.merge(rows)) < len(rows)
+    assert len(gradient.merge(rows)) < len(rows)
     gradients = []
     for _ in range(2):
         game.policy.zero_grad()
-        train.accumulate(game, rows, 1.0)
+        gradient.accumulate(game, rows, 1.0)
         gradients.append(torch.cat([p.grad.reshape(-1) for p in game.policy.parameters()]))
-        monkeypatch.setattr(train, "merge", lambda rows: rows)
+        monkeypatch.setattr(gradient, "merge", lambda rows: rows)
     assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-4
 
 
