@@ -210,7 +210,7 @@ class Llama(nn.Module):
             return logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1)
 
         size = LOGITS_PER_CHUNK.get(hidden.device.type, 2**24) // self.config.vocab_size + 1
-        return torch.cat([checkpoint(piece, h, t, use_reentrant=False)
+        return torch.cat([checkpoint(piece, h, t, use_reentrant=False, preserve_rng_state=False)
                           for h, t in zip(hidden.split(size), targets.split(size))])
 
 
