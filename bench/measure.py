@@ -11,12 +11,14 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -72,12 +74,13 @@ class Load:
 
 
 def config_of(load: Load) -> dict:
-    """config.json of the load's model: the shape, with its vocabulary and depth."""
+    """config.json of the load's model: the shape, with its vocabulary and depth. No pad id: in
+    transformers its embedding would get no gradient."""
     changes = {"vocab_size": load.vocabulary, "num_hidden_layers": load.layers}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.02,
             "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": None,
-            "pad_token_id": 0} | SHAPES[load.shape] | {k: v for k, v in changes.items() if v}
+            "pad_token_id": None} | SHAPES[load.shape] | {k: v for k, v in changes.items() if v}
 
 
 @torch.no_grad()
@@ -129,17 +132,23 @@ def missing(side: str) -> str | None:
 
 # ---------------------------------------------------------------- time
 
-def interleave(runs: dict, pairs: int) -> dict[str, list[float]]:
-    """Seconds of each side, in `pairs` rounds; every second round goes the other way about, so
-    that a machine that slows down or speeds up favours nobody."""
-    seconds = {side: [] for side in runs}
+def now() -> np.ndarray:
+    """Seconds on the clock, and of this process on all cores: on a busy machine the second pair of
+    eyes."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def interleave(runs: dict, pairs: int) -> dict[str, list]:
+    """(seconds, CPU seconds) of each side, in `pairs` rounds; every second round goes the other way
+    about, so that a machine that slows down or speeds up favours nobody."""
+    times = {side: [] for side in runs}
     for pair in range(pairs):
         for side in list(runs)[::1 if pair % 2 == 0 else -1]:
             gc.collect()
-            begun = time.perf_counter()
+            begun = now()
             runs[side]()
-            seconds[side].append(time.perf_counter() - begun)
-    return seconds
+            times[side].append(now() - begun)
+    return times
 
 
 def machine_bounds(small: bool) -> dict:
@@ -252,6 +261,7 @@ def start(args):
 
 
 def quiet(threads: int):
+    warnings.simplefilter("ignore", FutureWarning)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
                    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
                    "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -261,10 +271,11 @@ def chosen(args, name: str) -> bool:
     return not args.only or any(text in name for text in args.only)
 
 
-def record(name: str, load: Load, seconds: dict[str, list[float]], memory: dict, bounds: dict,
-           *, tokens: int, bytes_read: float = 0.0, flops: float = 0.0) -> list[dict]:
+def record(name: str, load: Load, times: dict, memory: dict, bounds: dict, *, tokens: int,
+           bytes_read: float = 0.0, flops: float = 0.0) -> list[dict]:
     """A workload's rows, a side each; ratios are taken pair by pair, peer over ours."""
     rows = []
+    seconds = {side: [float(wall) for wall, _ in pairs] for side, pairs in times.items()}
     for side in seconds | memory:
         row = {"workload": name, "side": side, "tokens": tokens, "load": asdict(load)}
         if missing(side):
@@ -274,6 +285,7 @@ def record(name: str, load: Load, seconds: dict[str, list[float]], memory: dict,
             middle = median(seconds[side])
             bandwidth = max(bounds["read_gb_s"], bounds["copy_gb_s"])
             row |= {"seconds": seconds[side], "median_seconds": middle,
+                    "cpu_seconds": [float(cpu) for _, cpu in times[side]],
                     "tokens_per_second": tokens / middle,
                     "bandwidth_share": bytes_read / middle / 1e9 / bandwidth or None,
                     "flops_share": flops / middle / 1e9 / bounds["gflop_s"] or None}
@@ -287,8 +299,8 @@ def record(name: str, load: Load, seconds: dict[str, list[float]], memory: dict,
     return rows
 
 
-HEADS = ("workload", "side", "seconds", "tokens/s", "% GB/s", "% FLOP/s", "GB idle", "GB peak",
-         "their time / ours", "our peak / theirs")
+HEADS = ("workload", "side", "seconds", "CPU s", "tokens/s", "% GB/s", "% FLOP/s", "GB idle",
+         "GB peak", "their time / ours", "our peak / theirs")
 
 
 def table(rows: list[dict]) -> str:
@@ -296,13 +308,14 @@ def table(rows: list[dict]) -> str:
     lines = []
     for r in rows:
         if "skipped" in r:
-            lines.append((r["workload"], r["side"], f"skipped: {r['skipped']}", *[""] * 7))
+            lines.append((r["workload"], r["side"], f"skipped: {r['skipped']}", *[""] * 8))
             continue
         percent = lambda x: f"{100 * x:.0f}" if x else "-"
         s, m, ratios = r.get("seconds"), r.get("memory"), r.get("time_ratios")
         lines.append((
             r["workload"], r["side"],
             f"{r['median_seconds']:.3g} ({min(s):.3g} to {max(s):.3g})" if s else "-",
+            f"{median(r['cpu_seconds']):.3g}" if s else "-",
             f"{r['tokens_per_second']:.0f}" if s else "-",
             percent(r.get("bandwidth_share")), percent(r.get("flops_share")),
             f"{m['idle']:.2f}" if m else "-", f"{m['peak']:.2f}" if m else "-",

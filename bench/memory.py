@@ -127,7 +127,7 @@ def main():
                                    args.vocabularies)
         print(slope_table(results["slopes"]), flush=True)
     if measure.chosen(args, "peers"):
-        loads = [(f"update {base.name}, V {V}", "update", step.UPDATE_SIDES,
+        loads = [(f"update {base.name}, V {V}", "update", ("ours", *step.PEERS),
                   replace(base, vocabulary=V)) for V in args.vocabularies]
         whole = replace(base, prompts=4, checkpointing=args.checkpointing)
         loads.append((f"grpo {whole.name}", "grpo", step.GRPO_SIDES, whole))

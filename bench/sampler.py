@@ -99,12 +99,12 @@ def main():
             continue
         print(load.name, file=sys.stderr, flush=True)
         runs = {side: prepare(side, load) for side in SIDES if not measure.missing(side)}
-        seconds = {side: [] for side in SIDES} | measure.interleave(runs, args.pairs)
+        times = {side: [] for side in SIDES} | measure.interleave(runs, args.pairs)
         del runs
         memory = {} if args.no_memory or load.rows < 32 else {
             side: measure.in_child("sampler", side, load) for side in SIDES}
         bytes_read, flops = measure.sampler_work(load)
-        rows += measure.record(load.name, load, seconds, memory, bounds, flops=flops,
+        rows += measure.record(load.name, load, times, memory, bounds, flops=flops,
                                tokens=sum(measure.stops(load)), bytes_read=bytes_read)
     print(measure.table(rows))
     measure.finish(args, "sampler", bounds, {"rows": rows})

@@ -7,13 +7,12 @@
 
 update: 2 prompts x 8, gradient and AdamW step of the same loss (lsp.policy_loss, k2 KL with --beta)
 from given completions. transformers-full takes log-softmax over all positions, transformers-kept
-the logits of completions alone, trl-head the log-probs of TRL's own chunked head.
+the logits of completions alone; --peers trl-head adds TRL's own chunked head.
 grpo: 4 x 8, a whole step with sampling and a reference model, against TRL's GRPOTrainer.
 """
 import json
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from sample import Completion
 from settings import Settings
 from train import Game
 
-UPDATE_SIDES = ("ours", "transformers-full", "transformers-kept", "trl-head")
+PEERS = ("transformers-full", "transformers-kept", "trl-head")             # of the update
 GRPO_SIDES = ("ours", "trl")
 CURVES = {"group": (2, 4, 8, 16), "prompt_tokens": (16, 64, 256), "new_tokens": (32, 96, 192),
           "vocabulary": (16384, 49152, 128256)}
@@ -201,8 +200,10 @@ def trl_trainer(load: Load, steps: int, callbacks=()):
     batch. It computes the entropy of each position for its log; that cannot be turned off.
     """
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast, PrinterCallback
+    from transformers.utils import logging
     from trl import GRPOConfig, GRPOTrainer
+    logging.disable_progress_bar()
 
     def odd_share(prompts, completions, **kwargs):
         return reward(prompts, [turn[0]["content"] for turn in completions], None).tolist()
@@ -221,10 +222,12 @@ def trl_trainer(load: Load, steps: int, callbacks=()):
             dataloader_pin_memory=False,
             model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"})
         data = [[{"role": "user", "content": query}] for query in queries(load, steps)]
-        return GRPOTrainer(
+        trainer = GRPOTrainer(
             folder, reward_funcs=odd_share, args=config, callbacks=list(callbacks),
             train_dataset=Dataset.from_dict({"prompt": data}),
             processing_class=PreTrainedTokenizerFast.from_pretrained(folder))
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def prepare_grpo(side: str, load: Load):
@@ -244,50 +247,50 @@ def prepare_grpo(side: str, load: Load):
     return run
 
 
-def grpo_seconds(load: Load, pairs: int) -> dict[str, list[float]]:
-    """Seconds a step of both sides in turn. TRL's loop cannot be stepped from outside: a callback
+def compare_steps(load: Load, pairs: int) -> dict[str, list]:
+    """Times of a step of both sides in turn. TRL's loop cannot be stepped from outside: a callback
     takes its times, and makes our step when one of its own has ended. The first of each is warm-up.
     """
     game, optimizer = our_game(load, steps=pairs + 1)
-    seconds = {"ours": [], "trl": []}
+    times = {"ours": [], "trl": []}
 
     def timed_step():
-        begun = time.perf_counter()
-        our_step(game, optimizer, len(seconds["ours"]))
-        seconds["ours"].append(time.perf_counter() - begun)
+        begun = measure.now()
+        our_step(game, optimizer, len(times["ours"]))
+        times["ours"].append(measure.now() - begun)
 
     if measure.missing("trl"):
         for _ in range(pairs + 1):
             timed_step()
-        return {"ours": seconds["ours"][1:], "trl": []}
+        return {"ours": times["ours"][1:], "trl": []}
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            self.begun = time.perf_counter()
+            self.begun = measure.now()
 
         def on_step_end(self, args, state, control, **kwargs):
-            seconds["trl"].append(time.perf_counter() - self.begun)
+            times["trl"].append(measure.now() - self.begun)
             timed_step()
 
     trl_trainer(load, pairs + 1, [Clock()]).train()
-    return {side: times[1:] for side, times in seconds.items()}
+    return {side: taken[1:] for side, taken in times.items()}
 
 
 # ---------------------------------------------------------------- command line
 
-def compare_updates(load: Load, pairs: int) -> dict[str, list[float]]:
-    """Seconds an update of all sides in turn; all must find the same gradient."""
+def compare_updates(load: Load, sides: list[str], pairs: int) -> dict[str, list]:
+    """Times of an update of all sides in turn; all must find the same gradient."""
     norms, runs = {}, {}
-    for side in UPDATE_SIDES:
+    for side in sides:
         if not measure.missing(side):
             run = prepare_update(side, load)
             runs[side] = lambda side=side, run=run: norms.setdefault(side, run())
-    seconds = measure.interleave(runs, pairs)
+    times = measure.interleave(runs, pairs)
     for side, norm in norms.items():
         if abs(norm / norms["ours"] - 1) > 1e-3:
             raise RuntimeError(f"{side} finds a gradient of norm {norm}, ours {norms['ours']}")
-    return {side: [] for side in UPDATE_SIDES} | seconds
+    return {side: [] for side in sides} | times
 
 
 def main():
@@ -296,6 +299,8 @@ def main():
     parser.add_argument("--micro-rows", type=int, default=16, help="rows a pass, all sides (16)")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[49152, 128256])
     parser.add_argument("--beta", type=float, default=0.05, help="0: no reference model anywhere")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS[:2]),
+                        help="of the update")
     parser.add_argument("--checkpointing", action="store_true", help="TRL's, in the whole step")
     parser.add_argument("--curves", action="store_true", help="how the update's time and memory "
                         "grow with G, prompt, completion, vocabulary")
@@ -317,20 +322,21 @@ def main():
         if not measure.chosen(args, name):
             continue
         print(name, file=sys.stderr, flush=True)
-        seconds = compare_updates(load, args.pairs)
+        sides = ["ours", *args.peers]
+        times = compare_updates(load, sides, args.pairs)
         memory = {} if args.no_memory else {
-            side: measure.in_child("update", side, load) for side in UPDATE_SIDES}
-        rows += measure.record(name, load, seconds, memory, bounds, flops=measure.update_work(load),
+            side: measure.in_child("update", side, load) for side in sides}
+        rows += measure.record(name, load, times, memory, bounds, flops=measure.update_work(load),
                                tokens=load.rows * load.new_tokens)
     load = replace(base, prompts=4, checkpointing=args.checkpointing)
     name = f"grpo {load.name}"
     if measure.chosen(args, name):
         print(name, file=sys.stderr, flush=True)
-        seconds = grpo_seconds(load, args.grpo_pairs)
+        times = compare_steps(load, args.grpo_pairs)
         memory = {} if args.no_memory else {
             side: measure.in_child("grpo", side, load) for side in GRPO_SIDES}
         flops = measure.sampler_work(load)[1] + measure.update_work(load)
-        rows += measure.record(name, load, seconds, memory, bounds, flops=flops,
+        rows += measure.record(name, load, times, memory, bounds, flops=flops,
                                tokens=load.rows * load.new_tokens)
     print(measure.table(rows))
     measure.finish(args, "step", bounds, {"grpo_pairs": args.grpo_pairs, "rows": rows})
