@@ -25,6 +25,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))             # before bench/, whose memory.py is not the project's
 
+from files import InputError  # noqa: E402
 from model import Llama, parse_config  # noqa: E402
 from runs import Parser, append_line  # noqa: E402
 
@@ -255,12 +256,22 @@ def parser(description: str, *, pairs: int) -> Parser:
 
 
 def start(args):
-    """Set the threads, here and for children, and keep the peers' libraries quiet and offline."""
+    """Refuse what cannot work, before the first minutes are spent; set the threads."""
+    for flag in ("pairs", "threads", "prompt_tokens", "new_tokens"):
+        if getattr(args, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
+    if args.out:
+        try:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            open(args.out, "a").close()
+        except OSError as error:
+            raise InputError(f"--out {args.out}: {error.strerror}") from None
     torch.set_num_threads(args.threads)
     quiet(args.threads)
 
 
 def quiet(threads: int):
+    """Children's threads; the peers' libraries silent and offline."""
     warnings.simplefilter("ignore", FutureWarning)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
                    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error",
@@ -334,6 +345,8 @@ def markdown(heads, lines) -> str:
 
 def finish(args, benchmark: str, bounds: dict, results: dict):
     """One JSON line: printed, and appended to --out."""
+    if not any(results.values()):
+        raise InputError(f"--only {' '.join(args.only)}: no workload's name has that")
     installed = {name: version(name) for name in ("torch", "transformers", "trl")
                  if importlib.util.find_spec(name)}
     line = {"benchmark": benchmark, "date": str(date.today()), "shape": args.shape,
@@ -342,5 +355,4 @@ def finish(args, benchmark: str, bounds: dict, results: dict):
     line = json.loads(json.dumps(line), parse_float=lambda x: float(f"{float(x):.5g}"))
     print(json.dumps(line))
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         append_line(Path(args.out), line)

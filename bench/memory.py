@@ -26,9 +26,9 @@ from measure import Load
 from runs import run_script
 
 PREPARE = {"sampler": sampler.prepare, "update": step.prepare_update, "grpo": step.prepare_grpo}
-# Two peers beside ours: in them the (B, T, V) tensors must show, else the measurement is blind.
+# A peer beside ours: in it the (B, T, V) tensors must show, else the measurement is blind.
 SLOPES = [("sampler", "ours"), ("update", "ours"), ("grpo", "ours"),
-          ("update", "transformers-kept"), ("update", "transformers-full")]
+          ("update", "transformers-kept")]
 
 
 def resident(field: str) -> float:
@@ -54,16 +54,20 @@ def child(what: str, side: str, load: Load) -> dict:
             "seconds": time.perf_counter() - begun}
 
 
-def slopes(base: Load, lengths: list[int], vocabularies: list[int]) -> list[dict]:
+def slopes(args, base: Load) -> list[dict]:
     """Growth over idle against completion tokens, at each vocabulary; least squares.
 
     All rows go in one pass, so that nothing but the length of the completions changes. A tensor of
     (B, T, V) in fp32 costs 4 bytes a token and vocabulary entry: `per_entry` is the slope's growth
-    from the least to the greatest vocabulary in that unit. The depth is cut to --slope-layers: the
-    blocks' own activations would hide such a term, and do not depend on V.
+    from the least to the greatest vocabulary in that unit. The body is --slope-shape, a small one:
+    a real one's activations would hide such a term, and do not depend on V (bench/step.py --curves
+    has them). Lengths begin where log-probs fill a chunk (model.LOGITS_PER_CHUNK): up to there
+    logits grow with the tokens, then no more.
     """
-    results = []
+    results, vocabularies, lengths = [], args.vocabularies, args.lengths
     for what, side in SLOPES:
+        if not measure.chosen(args, f"slope {what} {side}"):
+            continue
         points, slope = [], {}
         for V in vocabularies:
             for length in lengths:
@@ -82,7 +86,7 @@ def slopes(base: Load, lengths: list[int], vocabularies: list[int]) -> list[dict
         small, great = min(slope), max(slope)
         results.append(result | {
             "bytes_per_token": {V: value * 1e9 for V, value in slope.items()},
-            "per_entry": (slope[great] - slope[small]) * 1e9 / (great - small)})
+            "per_entry": (slope[great] - slope[small]) * 1e9 / max(1, great - small)})
     return results
 
 
@@ -101,11 +105,19 @@ def slope_table(results: list[dict]) -> str:
                              "bytes a token and entry of V (one fp32 (B, T, V): 4)"), lines)
 
 
+def compared(args, base: Load) -> list[tuple]:
+    """(name, what, sides, load) of the workloads whose peak memory stands beside the peers'."""
+    whole = replace(base, prompts=4, checkpointing=args.checkpointing)
+    return [*((f"update {base.name}, V {V}", "update", ("ours", *step.PEERS),
+               replace(base, vocabulary=V)) for V in args.vocabularies),
+            (f"grpo {whole.name}", "grpo", ("ours", "trl"), whole)]
+
+
 def main():
     parser = measure.parser("Peak memory, ours and the peers'.", pairs=1)
     parser.add_argument("--child", help="JSON: measure one run in this process and print it")
-    parser.add_argument("--slope-layers", type=int, default=4,
-                        help="depth of the slope's model (default 4)")
+    parser.add_argument("--slope-shape", choices=list(measure.SHAPES), default="tiny",
+                        help="body of the slope's model (default tiny)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[96, 192, 288],
                         help="completion tokens of the slope's points")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[49152, 128256])
@@ -121,18 +133,11 @@ def main():
     measure.start(args)
     base = Load(args.shape, layers=args.layers, prompts=2, prompt_tokens=args.prompt_tokens,
                 new_tokens=args.new_tokens, micro_rows=args.micro_rows)
-    results = {}
-    if measure.chosen(args, "slope"):
-        results["slopes"] = slopes(replace(base, layers=args.slope_layers), args.lengths,
-                                   args.vocabularies)
+    results = {"slopes": slopes(args, replace(base, shape=args.slope_shape)), "rows": []}
+    if results["slopes"]:
         print(slope_table(results["slopes"]), flush=True)
-    if measure.chosen(args, "peers"):
-        loads = [(f"update {base.name}, V {V}", "update", ("ours", *step.PEERS),
-                  replace(base, vocabulary=V)) for V in args.vocabularies]
-        whole = replace(base, prompts=4, checkpointing=args.checkpointing)
-        loads.append((f"grpo {whole.name}", "grpo", step.GRPO_SIDES, whole))
-        results["rows"] = []
-        for name, what, sides, load in loads:
+    for name, what, sides, load in compared(args, base):
+        if measure.chosen(args, f"peers {name}"):
             memory = {side: measure.in_child(what, side, load) for side in sides}
             results["rows"] += measure.record(name, load, {}, memory, {}, tokens=0)
             print(measure.table(results["rows"][-len(sides):]), flush=True)

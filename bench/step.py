@@ -339,7 +339,7 @@ def main():
         rows += measure.record(name, load, times, memory, bounds, flops=flops,
                                tokens=load.rows * load.new_tokens)
     print(measure.table(rows))
-    measure.finish(args, "step", bounds, {"grpo_pairs": args.grpo_pairs, "rows": rows})
+    measure.finish(args, "step", bounds, {"rows": rows})
 
 
 if __name__ == "__main__":
