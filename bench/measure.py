@@ -217,12 +217,12 @@ def in_child(what: str, side: str, load: Load) -> dict | None:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def curves(what: str, sides, base: Load, growth: dict) -> list[dict]:
+def curves(args, what: str, sides, base: Load, growth: dict) -> list[dict]:
     """Seconds and memory of one run in a fresh process, for each point of each curve: one quantity
     grows, the others stay as in `base`. Single runs, no pairs: shapes, not speed claims."""
     points = []
-    for key, values in growth.items():
-        for value in values:
+    for key in filter(lambda key: chosen(args, key), growth):
+        for value in growth[key]:
             for side in sides:
                 at = replace(base, **{key: value})
                 figures = in_child(what, side, at) or {"skipped": missing(side)}

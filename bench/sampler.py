@@ -19,9 +19,9 @@ from runs import run_script
 from sample import sample
 
 SIDES = ("ours", "transformers")
-# Each entry: prompts, completions a prompt, varied lengths.
+# Each entry: prompts, completions a prompt, varied lengths. Without groups half as many tokens.
 WORKLOADS = [(4, 8, False), (4, 8, True), (1, 1, False), (8, 1, False), (32, 1, False)]
-# --curves: one quantity at a time, from 4 x 8 with 64 + 32 tokens.
+# --curves: one quantity at a time, from 2 x 8 with 64 + 32 tokens.
 CURVES = {"group": (1, 4, 8, 16), "prompt_tokens": (16, 64, 256), "new_tokens": (16, 32, 64, 128),
           "vocabulary": (16384, 49152, 128256)}
 
@@ -88,13 +88,15 @@ def main():
                 new_tokens=args.new_tokens)
     bounds = measure.machine_bounds(small=args.shape == "tiny")
     if args.curves:
-        points = measure.curves("sampler", SIDES, replace(base, new_tokens=32), CURVES)
+        points = measure.curves(args, "sampler", SIDES, replace(base, prompts=2, new_tokens=32),
+                                CURVES)
         print(measure.curve_table(points))
         measure.finish(args, "sampler-curves", bounds, {"points": points})
         return
     rows = []
     for prompts, group, varied in WORKLOADS:
-        load = replace(base, prompts=prompts, group=group, varied=varied)
+        new_tokens = args.new_tokens if group > 1 else max(1, args.new_tokens // 2)
+        load = replace(base, prompts=prompts, group=group, varied=varied, new_tokens=new_tokens)
         if not measure.chosen(args, load.name):
             continue
         print(load.name, file=sys.stderr, flush=True)

@@ -33,7 +33,8 @@ from train import Game
 
 PEERS = ("transformers-full", "transformers-kept", "trl-head")             # of the update
 GRPO_SIDES = ("ours", "trl")
-CURVES = {"group": (2, 4, 8, 16), "prompt_tokens": (16, 64, 256), "new_tokens": (32, 96, 192),
+# --curves: one quantity at a time, from 1 x 8 with 64 + 32 tokens, all rows in one pass.
+CURVES = {"group": (4, 8, 16), "prompt_tokens": (16, 64, 256), "new_tokens": (32, 64, 128),
           "vocabulary": (16384, 49152, 128256)}
 RATE, CLIP = 1e-6, 1.0                   # learning rate and gradient norm, on all sides
 
@@ -310,8 +311,8 @@ def main():
     base = Load(args.shape, layers=args.layers, prompt_tokens=args.prompt_tokens, prompts=2,
                 new_tokens=args.new_tokens, beta=args.beta, micro_rows=args.micro_rows)
     if args.curves:
-        points = measure.curves("update", ("ours", "transformers-kept"),
-                                replace(base, micro_rows=1024), CURVES)
+        start = replace(base, prompts=1, new_tokens=32, micro_rows=1024)
+        points = measure.curves(args, "update", ("ours", "transformers-kept"), start, CURVES)
         print(measure.curve_table(points))
         measure.finish(args, "update-curves", bounds, {"points": points})
         return
