@@ -72,6 +72,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def recomputed(f, *inputs: Tensor) -> Tensor:
+    """f(*inputs), keeping its inputs alone: the backward pass computes f again. For what costs next
+    to nothing, norms and the MLP's product: a quarter of a block's activations on a CPU, a third in
+    bfloat16, whose norms keep fp32 copies. Same values, same gradients."""
+    if not torch.is_grad_enabled():
+        return f(*inputs)
+    return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -79,6 +88,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return recomputed(self.normalise, x)
+
+    def normalise(self, x: Tensor) -> Tensor:
         y = wide(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return y.to(x.dtype) * self.weight
@@ -121,7 +133,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        product = recomputed(lambda a, b: F.silu(a) * b, self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(product)
 
 
 class Block(nn.Module):
@@ -185,8 +198,7 @@ class Llama(nn.Module):
             inputs = (x, cos, sin, slots, mask, cache, layer)
             # Checkpointed, a block keeps only its input and is computed again in the backward pass:
             # a third more work, and a few numbers a token and layer in place of a hundred thousand.
-            x = (checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-                 if self.checkpointing and torch.is_grad_enabled() else block(*inputs))
+            x = recomputed(block, *inputs) if self.checkpointing else block(*inputs)     # (B, T, D)
         return self.model.norm(x)                                            # (B, T, D)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -201,7 +213,7 @@ class Llama(nn.Module):
 
         The (M, V) logits of a step would be gigabytes (64 answers of 512 tokens, V 128,256: 16.8 GB
         in fp32). Each chunk's are made, reduced to one number a token and dropped; the backward
-        pass makes them again (checkpoint). Same values and gradients as in one piece:
+        pass makes them again. Same values and gradients as in one piece:
         test_chunked_log_probs_equal_the_plain_ones.
         """
         def piece(h, t):
@@ -210,7 +222,7 @@ class Llama(nn.Module):
             return logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1)
 
         size = LOGITS_PER_CHUNK.get(hidden.device.type, 2**24) // self.config.vocab_size + 1
-        return torch.cat([checkpoint(piece, h, t, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([recomputed(piece, h, t)
                           for h, t in zip(hidden.split(size), targets.split(size))])
 
 
