@@ -11,6 +11,7 @@ What is measured is written as it comes; the same command again goes on where it
 train.py calls the first two functions while it trains.
 """
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -81,17 +82,17 @@ def evaluate_world(game) -> dict:
 
 # ---------------------------------------------------------------- answers
 
-def name_of(path: Path) -> str:
-    """A checkpoint goes by its run's name, any other model by its folder's."""
-    path = path.absolute()
+def name_of(model: str) -> str:
+    """A checkpoint goes by its run's name, any other model by its folder's or its own."""
+    path = Path(model).absolute()
     return path.parent.name if path.name.startswith("checkpoint") else path.name
 
 
 def answer(args, queries: list[str], done: int, samples: int = 1):
     """The model's answers to queries[done:], as they come: yields (number, [(text, cut), ...]).
 
-    Every answer has a random stream of its own, so that an interruption, --batch and the device
-    change none.
+    Every answer has a random stream of its own: neither an interruption nor --batch changes any
+    (up to floating point).
     """
     path, left = find_model(args.model), queries[done:]
     if not left:
@@ -140,7 +141,7 @@ def generate(args):
         if not isinstance(entry, dict) or not isinstance(entry.get("instruction"), str):
             raise InputError(f"{args.prompts}, entry {number}: no instruction")
     queries = [entry["instruction"] for entry in entries]
-    name = args.generator or name_of(find_model(args.model))
+    name = args.generator or name_of(args.model)
     partial = out.with_name(out.name + ".partial")
     records = results.resume(partial, made_by(args, "outputs", queries, generator=name))
     for i, [(text, cut)] in answer(args, queries, len(records)):
@@ -166,7 +167,8 @@ def winrate(args):
     if args.annotations:
         more, found = {}, judges.read_annotations(args.annotations)
         total = len(found)
-        values, subsets = zip(*[(v, s) for v, s in found if v is not None] or [((), ())])
+        values = [value for value, _ in found if value is not None]
+        subsets = [subset for value, subset in found if value is not None]
     else:
         more, total, found, subsets = judge(args)
         values, subsets = list(found.values()), [subsets[key] for key in found]
@@ -197,11 +199,15 @@ def judge(args) -> tuple[dict, int, dict, dict]:
     prompt = None if scalar else read_prompt(file)
     texts = [text for pair in pairs for text in (pair["query"], pair["a"], pair["b"])]
     header = {"measure": "win-rate", "generator": names[0], "against": names[1],
-              "judge": args.judge, "judge_model": args.judge_model, "prompt": prompt,
+              "judge": args.judge_model if remote else name_of(args.judge),
+              "judge_at": args.judge if remote else str(path.resolve()), "prompt": prompt,
               "questions": results.digest(texts), "command": command()}
-    endpoint = judges.Endpoint(args.judge, args.judge_model) if remote else None
-    out = Path(args.out)
+    endpoint = remote and judges.Endpoint(args.judge, args.judge_model,
+                                          max_tokens=args.judge_tokens, seconds=args.timeout)
+    name = re.sub(r"[^\w.-]+", "_", f"{names[0]}-against-{names[1]}-{header['judge']}.jsonl")
+    out = Path(args.out) if args.out else Path(args.outputs[0]).with_name(name)
     done = results.resume(out, header)
+    print(f"verdicts: {out}")
     write = lambda record: append_line(out, record)
     device, dtype = pick_device(args.device)
     if remote:
@@ -214,7 +220,7 @@ def judge(args) -> tuple[dict, int, dict, dict]:
     else:
         model = load_model(path, device=device, dtype=dtype)
         judges.by_llama(model, Tokenizer(path), prompt, pairs, done, write, args.batch)
-    who = {key: header[key] for key in ("generator", "against", "judge", "judge_model")}
+    who = {key: header[key] for key in ("generator", "against", "judge")}
     return who, len(pairs), *results.item_values(header, results.read_lines(out)[1:])
 
 
@@ -244,14 +250,15 @@ def benchmark(args):
     subsets = [record["subset"] for record in records]
     cut = sum(sum(record["cut"]) for record in records)
     print(f"{cut} of {samples * len(records)} answers were cut off at {args.max_new_tokens} tokens")
-    for measure, values in benchmarks.scores(records, samples).items():
-        figures = {"benchmark": name} | results.percent(values, measure)
-        results.show(figures, values, subsets, measure)
+    (measure, values), *others = benchmarks.scores(records, samples).items()
+    figures = {"benchmark": name} | results.percent(values, measure)
+    figures |= {other: 100 * results.mean_error(values)[0] for other, values in others}
+    results.show(figures, values, subsets, measure)
 
 
 # ---------------------------------------------------------------- command line
 
-def main():
+def make_parser() -> Parser:
     parser = Parser(description="Measure checkpoints, compare them, look at what runs did.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("generate", help="answer AlpacaEval's instructions")
@@ -281,7 +288,10 @@ def main():
                        f"or the URL of an OpenAI-compatible endpoint (key: {judges.KEY})")
     three.add_argument("--judge-model", help="the model's name at the URL")
     three.add_argument("--judge-prompt", help="its file (default: the judge's own or ours)")
-    three.add_argument("--out", default="verdicts.jsonl", help="where the verdicts are kept")
+    three.add_argument("--judge-tokens", type=int, default=1024, help="longest reply from the URL")
+    three.add_argument("--timeout", type=float, default=120, help="seconds a reply may take")
+    three.add_argument("--out", help="where the verdicts are kept (default: by its names, beside "
+                       "the first file)")
     three.add_argument("--concurrency", type=int, default=4, help="questions at a time, to a URL")
     three.add_argument("--batch", type=int, default=16, help="pairs judged together")
     three.set_defaults(run=winrate)
@@ -296,13 +306,15 @@ def main():
     five.add_argument("runs", nargs="+", help="run folders; or result files or folders of them")
     five.add_argument("--out", default="curves.png", help="the picture (png, pdf or svg)")
     five.set_defaults(run=lambda args: plot.plot(args.runs, args.out))
-    args = parser.parse_args()
-    for flag in ("max_new_tokens", "limit", "batch", "samples", "concurrency"):
-        value = getattr(args, flag, None)
-        if value is not None and value < 1:
-            raise InputError(f"--{flag.replace('_', '-')} must be at least 1")
-    if not 0 <= getattr(args, "temperature", 0) < 1e6 or getattr(args, "seed", 0) < 0:
-        raise InputError("--temperature and --seed must be at least 0")
+    return parser
+
+
+def main():
+    args = make_parser().parse_args()
+    for flag, value in vars(args).items():
+        least = 0 if flag in ("temperature", "seed") else 1
+        if type(value) in (int, float) and not least <= value < float("inf"):
+            raise InputError(f"--{flag.replace('_', '-')} must be at least {least}, found {value}")
     args.run(args)
 
 

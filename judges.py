@@ -127,7 +127,7 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict],
     one, two = tokenizer.encode("Better: 1"), tokenizer.encode("Better: 2")
     if len(one) != len(two) or one[:-1] != two[:-1]:
         raise InputError(f"{tokenizer.path}: as a judge it needs a token each for 1 and 2")
-    left = questions(pairs, done)
+    left, masses = questions(pairs, done), []
     for start in tqdm(range(0, len(left), batch), desc="judging", unit=f" x {batch}"):
         some = left[start:start + batch]
         turns = [[{"role": "user", "content": asked(prompt, *question)}] for question in some]
@@ -143,6 +143,10 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict],
         for (pair, a_first), share, m in zip(some, (p[:, 0] / mass).tolist(), mass.tolist()):
             write(verdict(pair, 1 + (share if a_first else 1 - share), orders=2,
                           first="a" if a_first else "b", mass=m))
+        masses += mass.tolist()
+    if masses and sum(masses) < len(masses) / 2:
+        print(f"the judge wanted to say something else than 1 or 2: together they had a "
+              f"probability of {sum(masses) / len(masses):.2f} on average")
 
 
 # ---------------------------------------------------------------- a judge behind HTTP
@@ -191,15 +195,18 @@ class Endpoint:
                 if error.code in UNFIT:
                     break
                 if error.code not in RETRIED and error.code < 500:
+                    self.stop.set()
                     raise InputError(f"{self.url}: {reason}") from None
                 wait = max(wait, retry_after(error.headers.get("Retry-After")))
             except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 reason = self._hide(f"{type(error).__name__}: {error}")
             if wait > LONGEST_WAIT or attempt == TRIES - 1 or self.stop.wait(wait):
                 break
-        raise Unanswered(f"{self.url}: {reason}")
+        raise Unanswered(f"{self.url}: {' '.join(reason.split())}")
 
     def _hide(self, text: str) -> str:
+        """What a server said, fit to be written down: without our key, without half characters."""
+        text = text.encode(errors="replace").decode()
         return text.replace(self.key, "[key]") if self.key else text
 
     def _said(self, error: urllib.error.HTTPError) -> str:
@@ -240,10 +247,13 @@ def retry_after(value: str | None) -> float:
         return 0.0
 
 
+LINE = re.compile(r"^[ \t*_>#-]*better[ \t*_]*:[ \t*_\"']*(1|2|tie)[ \t*_.\"']*$", re.I | re.M)
+
+
 def parse_preference(reply: str | None) -> str | None:
     """"1", "2" or "tie" where the reply's lines "Better: ..." agree on it, else None."""
-    lines = re.findall(r"^\W*better\W*[:=]\W*(1|2|tie)\W*$", reply or "", re.I | re.M)
-    return lines[0].lower() if len({line.lower() for line in lines}) == 1 else None
+    said = {match.lower() for match in LINE.findall(reply or "")}
+    return said.pop() if len(said) == 1 else None
 
 
 def by_endpoint(endpoint: Endpoint, prompt: str, pairs: list[dict], done: list[dict], write,

@@ -9,6 +9,7 @@ compared item by item: on the same questions differences are far steadier than t
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import numpy as np
 
 from files import InputError
 
-FREE = ("command", "model", "generator", "prompts", "outputs", "prompt", "questions")
+# What may differ between two files that are compared.
+FREE = ("command", "model", "generator", "questions", "seed", "judge_at")
 
 
 # ---------------------------------------------------------------- files
@@ -25,17 +27,16 @@ def read_lines(path: Path) -> list[dict]:
     """The objects of a .jsonl file, if there is one; a half-written last line is left out."""
     if not path.exists():
         return []
-    records = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    records = []
     for number, line in enumerate(lines, 1):
         try:
             records += [json.loads(line)] if line else []
         except (ValueError, RecursionError):
-            if number != len(lines):
-                raise InputError(f"{path}, line {number}: not JSON") from None
+            raise InputError(f"{path}, line {number}: not JSON") from None
     return records
 
 
@@ -43,25 +44,26 @@ def resume(path: Path, header: dict) -> list[dict]:
     """The records that an earlier, interrupted command left; a new file begins with the header.
 
     A last line that was half written is cut off: its item is done again. InputError where the file
-    was made in another way (then it stays as it is), or is something else.
+    was made in another way, or is something else: then it stays as it is.
     """
-    if not path.exists():
-        try:
+    records = []
+    if path.exists():
+        found, *records = read_lines(path) or [None]
+        if not isinstance(found, dict) or "measure" not in found:
+            raise InputError(f"{path} exists and is no result file; nothing is overwritten")
+        for key in header if records else ():
+            if key != "command" and header[key] != found.get(key):
+                raise InputError(f"{path} was made with another {key} ({brief(found.get(key))}, "
+                                 f"now {brief(header[key])}): choose another --out")
+    try:
+        if records:
+            whole = path.read_bytes().rfind(b"\n") + 1
+            os.truncate(path, whole)
+        else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(header, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from None
-        return []
-    found, *records = read_lines(path) or [None]
-    if not isinstance(found, dict) or "measure" not in found:
-        raise InputError(f"{path} exists and is no result file; nothing is overwritten")
-    for key in header.keys() | found.keys():
-        if key != "command" and header.get(key) != found.get(key):
-            raise InputError(f"{path} was made with another {key} ({brief(found.get(key))}, now "
-                             f"{brief(header.get(key))}): choose another --out")
-    whole = path.read_bytes().rfind(b"\n") + 1
-    with open(path, "r+b") as file:
-        file.truncate(whole)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
     return records
 
 
