@@ -7,8 +7,19 @@ MATH: the data set's own grader (hendrycks/math) compares two strings after rewr
 (openai/prm800k) also compares values with sympy. Here: the rewriting of both, and values where
 an answer is one number, without sympy. Sums in another order are therefore different answers.
 """
+import contextlib
+import functools
+import os
 import re
+import signal
+import subprocess
+import sys
+import tempfile
 from fractions import Fraction
+from math import comb
+from pathlib import Path
+
+from files import InputError
 
 # ---------------------------------------------------------------- MATH answers
 
@@ -115,3 +126,112 @@ def boxed(text: str) -> str | None:
         elif match[0][-1] == "{" and match[0] != r"\{":
             opened.append(match.end() if match[0] != "{" else None)
     return text[last[0]:last[1]].strip() if last[0] >= 0 else None
+
+
+# ---------------------------------------------------------------- programs
+
+SANDBOX = str(Path(__file__).with_name("sandbox.py"))
+FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
+DEFINES = re.compile(r"^(?:async def|def|class)\b", re.MULTILINE)
+FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
+PROBE = "import collections, decimal, heapq, math, re, typing"
+ISOLATION = {
+    "namespaces": "programs run in Linux namespaces (user or own user id, process, mount, network):"
+                  " no network, no home folder, read-only libraries, limits",
+    "user": "programs run under a user id of their own with limits, without namespaces:"
+            " this stops accidents, not attackers",
+    "limits": "programs run with limits alone: this stops accidents, not attackers",
+}
+
+
+def code_of(answer: str) -> str:
+    """The program in a chat answer: of its fenced blocks the last one that defines something.
+
+    A later block without a definition is mostly an example of use, and an earlier one a first try
+    or a piece. Without any definition it is the last block; without a fence the whole answer, blanks
+    in front of the lines included (the rest of a function may be all there is). A block that is
+    never closed ends with the answer.
+    """
+    blocks = [block[2] for block in FENCE.finditer(answer)]
+    defining = [block for block in blocks if DEFINES.search(block)]
+    return (defining or blocks or [answer])[-1]
+
+
+def humaneval_program(problem: dict, answer: str) -> str:
+    """A HumanEval problem's start, an answer's code and the problem's tests, to be run.
+
+    The start stands there even when the answer repeats it: it has the imports and helper functions.
+    It ends inside the function: an answer with only the rest of the function goes on from there.
+    """
+    code = code_of(answer)
+    future = "".join(FUTURE.findall(code))                   # has to be a program's first line
+    return (f"{future}{problem['prompt']}{FUTURE.sub('', code)}\n\n{problem['test']}\n"
+            f"check({problem['entry_point']})\n")
+
+
+def mbpp_program(problem: dict, answer: str) -> str:
+    """An answer's code and an MBPP problem's tests (sanitised or full data set), to be run."""
+    tests = [*problem.get("test_imports", []), problem.get("test_setup_code", ""),
+             *problem["test_list"]]
+    return "\n".join([code_of(answer), *tests]) + "\n"
+
+
+@functools.cache
+def containment() -> str:
+    """The best of sandbox.py's containments in which a harmless program passes here."""
+    kinds = ["namespaces", "user", "limits"] if sys.platform == "linux" else ["limits"]
+    if os.geteuid():
+        kinds = [kind for kind in kinds if kind != "user"]
+    for kind in kinds:
+        if run_contained(PROBE, kind, 30) == "passed":
+            return kind
+    raise InputError("generated programs cannot be run here: not even a harmless one passes "
+                     f"(python {SANDBOX})")
+
+
+def isolation() -> str:
+    """One line for the reader: how programs are contained on this machine."""
+    line = ISOLATION[containment()]
+    if containment() == "limits" and os.geteuid() == 0:
+        line += "; as root not even the number of processes is limited"
+    return line
+
+
+def run_program(program: str, *, seconds: float = 10) -> tuple[bool, str]:
+    """Run a program with its tests in a contained child; whether it passed, and why or why not.
+
+    The reason is one of sandbox.REASONS: passed; failed (an assertion); error (any other exception,
+    syntax included); memory; timeout (of wall time); ended (before its last line: an exit, a
+    signal, a crash); sandbox (it could not be started). Any string is a program; nothing is raised.
+    """
+    reason = run_contained(program, containment(), seconds)
+    return reason == "passed", reason
+
+
+def run_contained(program: str, kind: str, seconds: float) -> str:
+    """One program in sandbox.py under one kind of containment: the reason it gives."""
+    scratch = tempfile.mkdtemp(prefix="program-")
+    command = [sys.executable, "-s", "-S", SANDBOX, kind, str(seconds)]
+    keeper = subprocess.Popen(command, cwd=scratch, start_new_session=True,
+                              env={"PYTHONHASHSEED": "0"},       # a set's order is always the same
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL)
+    try:
+        word, _ = keeper.communicate(program.encode(errors="replace"), timeout=seconds + 20)
+        return word.decode().strip() or "ended"
+    except subprocess.TimeoutExpired:                        # somebody stopped the keeper
+        return "timeout"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(keeper.pid, signal.SIGKILL)
+        keeper.communicate()
+        # Not shutil.rmtree: a program may have left folders deeper than Python's recursion limit.
+        subprocess.run(["chmod", "-R", "u+rwX", scratch], stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", scratch], stderr=subprocess.DEVNULL)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that of k answers, drawn from n of which c pass, one passes: arXiv 2107.03374, Eq. 1."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} from {n} answers, {c} of them right")
+    return 1 - comb(n - c, k) / comb(n, k)
