@@ -124,26 +124,35 @@ def curves(folders: list[str], out: str):
 # ---------------------------------------------------------------- bars
 
 def bars(paths: list[str], out: str):
-    """A group of bars for each measure, a bar for each path: means with 95 % intervals."""
+    """A group of bars for each measure, a bar for each path: means with 95 % intervals.
+
+    Where there is a single measure, its subsets (AlpacaEval's five, carry classes) follow it.
+    """
     plt = pyplot()
     sides = {Path(path).name.removesuffix(".jsonl"): read_results([path]) for path in paths}
     if len(sides) < len(paths):
         raise InputError("two of the paths have the same name, which the legend needs")
     labels = sorted({label for side in sides.values() for label in side})
-    figure, axis = plt.subplots(figsize=(2.5 + 1.1 * len(labels) * len(sides) ** 0.5, 4))
+    groups = {label: {name: list(side[label]["values"].values())
+                      for name, side in sides.items() if label in side} for label in labels}
+    if len(labels) == 1:
+        for name, side in sides.items():
+            values, subsets = side[labels[0]]["values"], side[labels[0]]["subsets"]
+            for key in (key for key in values if subsets[key]):
+                groups.setdefault(subsets[key], {}).setdefault(name, []).append(values[key])
+    figure, axis = plt.subplots(figsize=(2.5 + 1.1 * len(groups) * len(sides) ** 0.5, 4))
     width = 0.8 / len(sides)
-    for number, (name, side) in enumerate(sides.items()):
-        at = [i + (number - (len(sides) - 1) / 2) * width
-              for i, label in enumerate(labels) if label in side]
-        values = [list(side[label]["values"].values()) for label in labels if label in side]
-        means = [100 * mean_error(v)[0] for v in values]
-        ends = [[100 * x for x in interval(v)] for v in values]
+    for number, name in enumerate(sides):
+        drawn = [(i, group[name]) for i, group in enumerate(groups.values()) if group.get(name)]
+        at = [i + (number - (len(sides) - 1) / 2) * width for i, _ in drawn]
+        means = [100 * mean_error(values)[0] for _, values in drawn]
+        ends = [[100 * x for x in interval(values)] for _, values in drawn]
         reach = [[m - low for m, (low, _) in zip(means, ends)],
                  [high - m for m, (_, high) in zip(means, ends)]]
         axis.bar(at, means, width, yerr=reach, capsize=3, label=name, color=f"C{number}")
         for x, mean, (_, high) in zip(at, means, ends):
             axis.text(x, high + 1, f"{mean:.1f}", ha="center", fontsize=8)
-    axis.set_xticks(range(len(labels)), [textwrap.fill(label, 24) for label in labels], fontsize=8)
+    axis.set_xticks(range(len(groups)), [textwrap.fill(label, 24) for label in groups], fontsize=8)
     axis.set_ylabel("per cent, 95 % interval")
     axis.set_ylim(0, 110)
     axis.grid(axis="y", alpha=0.3)
@@ -151,4 +160,4 @@ def bars(paths: list[str], out: str):
     axis.legend(fontsize=8)
     figure.tight_layout()
     save(figure, out)
-    print(f"{out}: {len(labels)} measures, {len(sides)} bars each")
+    print(f"{out}: {len(groups)} groups of bars, {len(sides)} bars each")

@@ -11,7 +11,6 @@ import benchmarks
 import eval as eval_script
 import grade
 import results
-from data import read_entries
 from files import HERE, InputError
 from runs import run_script
 from tiny import world
@@ -287,4 +286,4 @@ def test_gsm8k_prompt_reaches_a_real_model(assets, monkeypatch, capsys, tmp_path
     command(monkeypatch, capsys, "benchmark", "gsm8k", "--model", assets / "smollm2-135m",
             "--prompts", tmp_path / "p.json", "--out", tmp_path / "r.jsonl", "--max-new-tokens", 24)
     (record,) = results.read_lines(tmp_path / "r.jsonl")[1:]
-    assert len(record["answers"][0]) > 20 and read_entries(str(tmp_path / "p.json"))
+    assert len(record["answers"][0]) > 20

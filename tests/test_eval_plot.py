@@ -68,7 +68,8 @@ def test_without_matplotlib_plot_says_what_to_install(monkeypatch, tmp_path):
 def write_measure(path, right, **changes):
     path.parent.mkdir(exist_ok=True)
     header = {"measure": "gsm8k", "samples": 1, "command": "c"} | changes
-    records = [{"item": i, "query": f"q{i}", "correct": [bool(r)]} for i, r in enumerate(right)]
+    records = [{"item": i, "query": f"q{i}", "subset": "xy"[i % 2], "correct": [bool(r)]}
+               for i, r in enumerate(right)]
     path.write_text("".join(json.dumps(line) + "\n" for line in (header, *records)))
 
 
@@ -83,11 +84,23 @@ def test_plot_draws_results_as_bars_with_their_intervals(tmp_path, capsys, monke
     (axis,) = shown[0].axes
     heights = [[bar.get_height() for bar in group] for group in axis.containers
                if not hasattr(group, "has_yerr")]
-    assert heights == [[25.0], [50.0, 100.0]] and "2 measures, 2 bars" in capsys.readouterr().out
+    assert heights == [[25.0], [50.0, 100.0]] and "2 groups of bars" in capsys.readouterr().out
     lines = [segment for group in axis.collections for segment in group.get_segments()]
     ends = [[low[1] / 100, high[1] / 100] for low, high in lines]
     assert ends == [pytest.approx(results.interval([1.0] * k + [0.0] * (n - k)))
                     for k, n in ((1, 4), (2, 4), (2, 2))]
+    pyplot.close("all")
+
+
+def test_the_bars_of_a_single_measure_are_followed_by_its_subsets(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    write_measure(tmp_path / "base.jsonl", [1, 0, 0, 0])
+    shown = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: shown.append(figure))
+    plot.plot([str(tmp_path / "base.jsonl")], "bars.png")
+    (axis,) = shown[0].axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["gsm8k", "x", "y"]
+    assert [patch.get_height() for patch in axis.patches] == [25.0, 50.0, 0.0]
     pyplot.close("all")
 
 
