@@ -4,7 +4,6 @@ gsm8k and tiny by exact match of numbers, math by normalised equality, humaneval
 their tests. What the answers to MATH and to programming problems are worth is grade.py's business.
 """
 import grade
-
 from chat import fill
 from data import read_entries
 from files import HERE, InputError, read_prompt
@@ -13,6 +12,7 @@ from tiny import world as tiny_world
 
 # Fields that a problem must have, and new tokens for an answer.
 FIELDS = {
+    "alpaca_eval": ("instruction",),               # nothing is right there: eval.py generate
     "gsm8k": ("question", "answer"),
     "math": ("problem", "answer"),
     "humaneval": ("prompt", "test", "entry_point"),
@@ -33,7 +33,8 @@ def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[
                  "subset": tiny_world.classify(q), "problem": None} for q in queries], None
     if path is None:
         raise InputError(f"{name} needs --prompts FILE (README.md says where it comes from)")
-    prompt = read_prompt(HERE / "prompts" / f"{name}.txt")
+    bare = name == "alpaca_eval"
+    prompt = "{problem}" if bare else read_prompt(HERE / "prompts" / f"{name}.txt")
     problems = []
     for where, entry in read_entries(path)[:limit]:
         missing = [key for key in FIELDS[name]

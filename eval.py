@@ -16,19 +16,19 @@ import shlex
 import sys
 from pathlib import Path
 
-import grade
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import benchmarks
+import grade
 import judges
 import plot
 import results
 import rewards
 from chat import Tokenizer
 from config import parse_config
-from data import EVALUATE, generator, read_entries
+from data import EVALUATE, generator
 from files import HERE, InputError, find_model, pick_device, prompt_file, read_json, read_prompt
 from model import load_model
 from runs import Parser, append_line, run_script, write_json
@@ -105,15 +105,18 @@ def answer(args, queries: list[str], done: int, samples: int = 1):
     model = load_model(path, device=device, dtype=dtype)
     if model.config.scalar_head:
         raise InputError(f"--model {args.model} is a reward model, which cannot write")
+    prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in left]
+    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + args.max_new_tokens > context:
+        raise InputError(f"the longest prompt has {longest} tokens: with {args.max_new_tokens} new "
+                         f"ones it does not fit into the model's context of {context}")
     random = generator(args.seed, 0, EVALUATE)
     torch.randint(2**63 - 1, (done * samples,), generator=random)    # what sample() drew for those
     with tqdm(total=len(queries), initial=done, desc="answering") as bar:
         for start in range(0, len(left), args.batch):
-            some = left[start:start + args.batch]
-            prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in some]
-            groups = sample(model, prompts, num_samples=samples, stop_ids=tokenizer.stop_ids,
+            groups = sample(model, prompts[start:start + args.batch], num_samples=samples,
                             max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                            generator=random)
+                            stop_ids=tokenizer.stop_ids, generator=random)
             for i, group in enumerate(groups, done + start):
                 yield i, [(text_of(tokenizer, row), not row.stopped) for row in group]
                 bar.update()
@@ -136,11 +139,9 @@ def generate(args):
     out = Path(args.out)
     if out.exists():
         raise InputError(f"--out {out} exists already; nothing is overwritten: choose another")
-    entries = [entry for _, entry in read_entries(args.prompts)][:args.limit]
-    for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict) or not isinstance(entry.get("instruction"), str):
-            raise InputError(f"{args.prompts}, entry {number}: no instruction")
-    queries = [entry["instruction"] for entry in entries]
+    problems, _ = benchmarks.read_problems("alpaca_eval", args.prompts, args.limit)
+    entries = [problem["problem"] for problem in problems]
+    queries = [problem["query"] for problem in problems]
     name = args.generator or name_of(args.model)
     partial = out.with_name(out.name + ".partial")
     records = results.resume(partial, made_by(args, "outputs", queries, generator=name))
@@ -197,11 +198,10 @@ def judge(args) -> tuple[dict, int, dict, dict]:
     scalar = path and parse_config(read_json(path / "config.json"), str(path)).scalar_head
     file = args.judge_prompt or prompt_file(path or HERE, "preference")
     prompt = None if scalar else read_prompt(file)
-    texts = [text for pair in pairs for text in (pair["query"], pair["a"], pair["b"])]
     header = {"measure": "win-rate", "generator": names[0], "against": names[1],
               "judge": args.judge_model if remote else name_of(args.judge),
               "judge_at": args.judge if remote else str(path.resolve()), "prompt": prompt,
-              "questions": results.digest(texts), "command": command()}
+              "questions": results.digest([str(pair) for pair in pairs]), "command": command()}
     endpoint = remote and judges.Endpoint(args.judge, args.judge_model,
                                           max_tokens=args.judge_tokens, seconds=args.timeout)
     name = re.sub(r"[^\w.-]+", "_", f"{names[0]}-against-{names[1]}-{header['judge']}.jsonl")

@@ -16,7 +16,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
@@ -160,9 +159,8 @@ class Endpoint:
     not through redirects (all are refused), not into messages, not into what is stored."""
 
     def __init__(self, url: str, model: str, *, max_tokens: int = 1024, seconds: float = 120):
-        parts = urlsplit(url)
-        if not parts.hostname or parts.username or parts.password or parts.query:
-            raise InputError(f"--judge: a plain URL as http://localhost:8000/v1 is needed; a key "
+        if not re.fullmatch(r"https?://(\[[\w:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", url, re.A):
+            raise InputError("--judge: a plain URL as http://localhost:8000/v1 is needed; the key "
                              f"comes from the environment variable {KEY} alone")
         self.key = os.environ.get(KEY, "").strip()
         if not re.fullmatch(r"[!-~]*", self.key):
@@ -200,6 +198,8 @@ class Endpoint:
                 wait = max(wait, retry_after(error.headers.get("Retry-After")))
             except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 reason = self._hide(f"{type(error).__name__}: {error}")
+            if attempt == 2:                    # else a minute would pass without a word
+                tqdm.write(f"still trying: {' '.join(reason.split())}")
             if wait > LONGEST_WAIT or attempt == TRIES - 1 or self.stop.wait(wait):
                 break
         raise Unanswered(f"{self.url}: {' '.join(reason.split())}")

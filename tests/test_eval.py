@@ -217,7 +217,7 @@ def test_humaneval_completes_the_function_it_is_given(monkeypatch, capsys, tmp_p
         assert json.loads(said.split("\n")[-2])["accuracy"] == 100 * (number == 0)
 
 
-@pytest.mark.parametrize("name", benchmarks.FIELDS)
+@pytest.mark.parametrize("name", ["gsm8k", "math", "humaneval", "mbpp"])
 def test_every_benchmark_states_its_prompt_and_fills_all_of_it(tmp_path, name):
     entry = {"question": "THE", "problem": "THE", "prompt": "THE", "answer": "4", "test": "t",
              "entry_point": "e", "test_list": ["TESTS"], "subject": "s"}
@@ -235,7 +235,9 @@ def test_every_benchmark_states_its_prompt_and_fills_all_of_it(tmp_path, name):
     (["benchmark", "gsm8k", "--out", "o.jsonl"], "--prompts"),
     (["benchmark", "gsm8k", "--prompts", "p.json", "--out", "o.jsonl"], "entry 1: no field answer"),
     (["generate", "--prompts", "none.json", "--out", "o.json"], "none.json"),
-    (["generate", "--prompts", "gap.json", "--out", "o.json"], "gap.json, entry 2: no instruction"),
+    (["generate", "--prompts", "gap.json", "--out", "o.json"], "gap.json, entry 2: no field"),
+    (["generate", "--prompts", "none.jsonl", "--out", "o.json"], "none.jsonl: no problems"),
+    (["generate", "--prompts", "long.json", "--out", "o.json"], "context of"),
     (["benchmark", "tiny", "--samples", "2", "--out", "o.jsonl"], "--samples 2"),
     (["benchmark", "tiny", "--limit", "0", "--out", "o.jsonl"], "--limit must be at least 1"),
     (["benchmark", "tiny", "--temperature", "-1", "--out", "o.jsonl"], "--temperature"),
@@ -252,6 +254,8 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(monkeypatch, capsys, tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.json").write_text('[{"question": "q"}]\n')
     (tmp_path / "gap.json").write_text('[{"instruction": "q"}, {"output": "a"}]')
+    (tmp_path / "none.jsonl").write_text("\n")
+    (tmp_path / "long.json").write_text(json.dumps([{"instruction": "What is 1 + 1?" * 999}]))
     (tmp_path / "odd.json").write_text('[{"instruction": "漢"}]')
     if "judge" in arguments:
         write_checkpoint(tmp_path / "judge", "scalar_head")

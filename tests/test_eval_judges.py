@@ -329,7 +329,9 @@ def test_the_key_is_neither_shown_nor_stored(serve, monkeypatch, capsys, tmp_pat
     assert KEY not in str(refused.value)
 
 
-@pytest.mark.parametrize("url", ["http://user:secret@host/v1", "https://host/v1?key=secret"])
+@pytest.mark.parametrize("url", [
+    "http://user:secret@host/v1", "https://host/v1?key=secret", "http://host:secret/v1", "http://",
+    "https://host/v1#secret", "http://[secret/v1", "https://secret key/v1"])
 def test_a_key_in_the_url_is_refused_without_repeating_it(url):
     with pytest.raises(InputError) as refused:
         judges.Endpoint(url, "m")
