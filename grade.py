@@ -81,7 +81,7 @@ def normal_form(answer: str) -> str:
 
 
 def brace_arguments(tokens: list[str]) -> str:
-    """LaTeX tokens joined, with braces round the arguments that had none: \\frac12, \\sqrt2, x^2."""
+    """LaTeX tokens joined, with braces round arguments that had none: \\frac12, \\sqrt2, x^2."""
     out, outer, owed = [], [], 0                       # owed: arguments that the last command wants
     for token in tokens:
         if token == "{":
@@ -131,7 +131,8 @@ def boxed(text: str) -> str | None:
 # ---------------------------------------------------------------- programs
 
 SANDBOX = str(Path(__file__).with_name("sandbox.py"))
-FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^[ \t]*+(`{3,}+|~{3,}+)[^\n`]*+\n(.*?)(?:^[ \t]*+\1|\Z)",
+                   re.DOTALL | re.MULTILINE)
 DEFINES = re.compile(r"^(?:async def|def|class)\b", re.MULTILINE)
 FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 PROBE = "import collections, decimal, heapq, math, re, typing"
@@ -148,9 +149,9 @@ def code_of(answer: str) -> str:
     """The program in a chat answer: of its fenced blocks the last one that defines something.
 
     A later block without a definition is mostly an example of use, and an earlier one a first try
-    or a piece. Without any definition it is the last block; without a fence the whole answer, blanks
-    in front of the lines included (the rest of a function may be all there is). A block that is
-    never closed ends with the answer.
+    or a piece. Without any definition it is the last block; without a fence the whole answer, with
+    its leading blanks (the rest of a function may be all there is). A block that is never closed
+    ends with the answer.
     """
     blocks = [block[2] for block in FENCE.finditer(answer)]
     defining = [block for block in blocks if DEFINES.search(block)]
@@ -231,7 +232,7 @@ def run_contained(program: str, kind: str, seconds: float) -> str:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that of k answers, drawn from n of which c pass, one passes: arXiv 2107.03374, Eq. 1."""
+    """Chance that one of k answers passes, drawn from n of which c do: arXiv 2107.03374, Eq. 1."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} from {n} answers, {c} of them right")
     return 1 - comb(n - c, k) / comb(n, k)

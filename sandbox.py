@@ -76,7 +76,7 @@ def hide_files(scratch: str):
     """
     os.umask(0o022)
     call("mount", None, "/", None, RECURSIVE | PRIVATE, None)
-    call("mount", "tmpfs", scratch, "tmpfs", NO_SUID | NO_DEVICES, "size=64k,nr_inodes=200,mode=755")
+    call("mount", "tmpfs", scratch, "tmpfs", NO_SUID | NO_DEVICES, "size=64k,mode=755")
     for folder in (*LIBRARIES, sys.base_prefix):
         inside = scratch + folder
         if os.path.isdir(folder) and not os.path.isdir(inside):
@@ -89,7 +89,7 @@ def hide_files(scratch: str):
     call("mount", "/dev/null", f"{scratch}/dev/null", None, BIND, None)
     os.mkdir(f"{scratch}/scratch")
     call("mount", "tmpfs", f"{scratch}/scratch", "tmpfs", NO_SUID | NO_DEVICES,
-         f"size={FILE_SIZE},nr_inodes=500,mode=777")
+         f"size={FILE_SIZE},nr_inodes=500")
     os.chdir(scratch)
     call("pivot_root", ".", ".")                # the old root now lies over the new one
     call("umount2", ".", DETACH)
@@ -99,6 +99,7 @@ def hide_files(scratch: str):
 
 def give_up_rights(containment: str, keeper: int, seconds: float):
     """Limits for this process and its children, and no way back to more rights."""
+    os.environ.clear()
     cpu = math.ceil(seconds) + 1
     limits = {resource.RLIMIT_CPU: cpu, resource.RLIMIT_AS: MEMORY,
               resource.RLIMIT_FSIZE: FILE_SIZE, resource.RLIMIT_NPROC: PROCESSES,
@@ -108,6 +109,7 @@ def give_up_rights(containment: str, keeper: int, seconds: float):
             resource.setrlimit(limit, (value, value))
     if os.geteuid() == 0 and containment != "limits":
         own = 1 << 30 | keeper               # RLIMIT_NPROC counts by user id, and exempts root
+        os.chown(".", own, own)
         os.setgroups([])
         os.setresgid(own, own, own)
         os.setresuid(own, own, own)
@@ -115,7 +117,16 @@ def give_up_rights(containment: str, keeper: int, seconds: float):
         call("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
         call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
         call("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    os.environ.clear()
+
+
+def close_files(report: int) -> int:
+    """Nothing to read, nowhere to write but the keeper's pipe: its number from now on."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    report = os.dup2(report, 3, inheritable=False)
+    os.closerange(4, 100)                                   # the keeper has a handful
+    return report
 
 
 # ---------------------------------------------------------------- the program's process
@@ -188,16 +199,15 @@ def keep(containment: str, seconds: float) -> str:
         try:
             if containment == "namespaces":
                 os.setsid()
-            null = os.open("/dev/null", os.O_RDWR)
-            for standard in (0, 1, 2):
-                os.dup2(null, standard)
-            report = os.dup2(report, 3, inheritable=False)
-            os.closerange(4, 100)                           # the keeper has a handful
-            give_up_rights(containment, keeper, seconds)
-        except BaseException:
-            os.write(report, b"sandbox")
+            report = close_files(report)
+            try:
+                give_up_rights(containment, keeper, seconds)
+            except OSError:
+                os.write(report, b"sandbox")
+                os._exit(1)
+            run_tests(program, token, report)
+        finally:
             os._exit(1)
-        run_tests(program, token, report)
     os.close(report)
     deadline = time.monotonic() + seconds
     while not (ended := os.waitpid(first, os.WNOHANG)[0]) and time.monotonic() < deadline:
@@ -217,6 +227,15 @@ def keep(containment: str, seconds: float) -> str:
     return word.decode() if word in (b"failed", b"error", b"memory", b"sandbox") else "ended"
 
 
+def main():
+    """CONTAINMENT and SECONDS from the command line; prints the reason."""
+    try:
+        print(keep(sys.argv[1], float(sys.argv[2])))
+    except OSError as error:                    # the containment's: the program's stay with it
+        print("sandbox")
+        sys.exit(f"sandbox.py: {error}")
+
+
 if __name__ == "__main__":
     sys.path.pop(0)                             # this file's folder: the program imports none of it
-    print(keep(sys.argv[1], float(sys.argv[2])))
+    main()
