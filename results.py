@@ -201,13 +201,16 @@ def rows(base: dict, run: dict) -> list[list]:
     """The table's: measure, n, base, run, difference, its interval's ends, p; None: no such thing.
 
     Both sides' figures are over the items that both have. p is McNemar's, for right or wrong alone.
+    What one side alone has comes with the interval of its own figure.
     """
     table = []
     for label in sorted(base.keys() | run.keys()):
         sides = [side[label]["values"] if label in side else None for side in (base, run)]
-        if None in sides:
-            only = [None if side is None else mean_error(list(side.values()))[0] for side in sides]
-            table.append([label, max(len(s or ()) for s in sides), *only, None, None, None, None])
+        if not all(sides):
+            means = [mean_error(list(side.values()))[0] if side else None for side in sides]
+            values = list((sides[0] or sides[1] or {}).values())
+            ends = interval(values) if values else [None, None]
+            table.append([label, len(values), *means, None, *ends, None])
             continue
         check_alike(base[label], run[label])
         subsets = base[label]["subsets"]
@@ -239,7 +242,8 @@ def compare(base_path: str, run_paths: list[str]):
             ends = "-" if low == "-" else f"[{low}, {high}]"
             print(f"  {label:40} {n:5} {one:>7} {other:>7} {change:>11} {ends:>17} "
                   f"{'-' if p is None else f'{p:.2g}':>10}")
-    print("\nPer cent, over the questions that both sides have; intervals: paired bootstrap.")
+    print("\nPer cent, over the questions that both sides have. Intervals: of the difference, by "
+          "paired bootstrap;\nof the figure itself where one side alone has it.")
     for path, side in sides.items():
         for label, measured in sorted(side.items()):
             print(f"{path}: {label}: {measured['header']['command']}")

@@ -126,8 +126,11 @@ def test_folders_are_compared_measure_by_measure(tmp_path, capsys):
         write_results(tmp_path / side / "gsm8k.jsonl", flags)
         (tmp_path / side / "metrics.jsonl").write_text('{"step": 1}\n')          # not a result file
     write_results(tmp_path / "run" / "math.jsonl", [[1, 0], [0, 0]], measure="math", samples=2)
+    write_results(tmp_path / "run" / "mbpp.jsonl", [], measure="mbpp")               # just begun
     rows = results.rows(*(results.read_results([tmp_path / side]) for side in ("base", "run")))
-    assert [row[:5] for row in rows] == [["gsm8k", 2, 0.5, 1.0, 0.5], ["math", 2, None, 0.25, None]]
+    assert [row[:5] for row in rows] == [["gsm8k", 2, 0.5, 1.0, 0.5], ["math", 2, None, 0.25, None],
+                                         ["mbpp", 0, None, None, None]]
+    assert rows[1][5:] == [*results.interval([0.5, 0.0]), None]
     write_results(tmp_path / "run" / "again.jsonl", [[1]])
     with pytest.raises(InputError, match="gsm8k is in .*again.jsonl already"):
         results.read_results([tmp_path / "run"])
@@ -150,6 +153,7 @@ def test_win_rates_are_paired_by_their_baseline_and_judge(tmp_path):
                        pytest.approx(1.25 / 3)] and row[-1] is None
     other = results.rows(base, verdicts("three", [(2, 2)], judge="k"))
     assert len(other) == 2 and all(row[4] is None for row in other)
+    assert other[1][5:7] == results.interval([1.0])
 
 
 @pytest.mark.parametrize("changes, message", [
