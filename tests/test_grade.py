@@ -267,7 +267,9 @@ WHOLE = "def area_sum(radii):\n    return round(sum(area(r) for r in radii))\n"
     f"First try:\n```\ndef area_sum(radii):\n    return 0\n```\nBetter:\n~~~py\n{WHOLE}~~~",
     f"```python\nfrom __future__ import annotations\n{WHOLE}```",
     f"```python\n{WHOLE}\nif __name__ == '__main__':\n    print(input())\n```",
-    f"1. So:\n   ```python\n{WHOLE}   ```",
+    "1. So:\n   ```python\n" + textwrap.indent(WHOLE, "   ") + "   ```",
+    f"```python\n{WHOLE}```\nTest:\n```python\ndef test_it():\n    assert area_sum([]) == 0\n```",
+    "```python\n" + HUMANEVAL["canonical_solution"] + "```",
     f"```python\n{WHOLE}",                                                  # never closed
 ])
 def test_a_right_answer_passes_however_it_is_wrapped(answer):
@@ -540,7 +542,7 @@ def wait_until(true):
 
 def test_isolation_says_in_a_line_which_containment_runs(monkeypatch):
     assert grade.isolation().count("\n") == 0
-    for kind, words in (("namespaces", "no network"), ("limits", "accidents, not attackers")):
+    for kind, words in (("namespaces", "without network"), ("limits", "accidents, not attackers")):
         monkeypatch.setattr(grade, "containment", lambda kind=kind: kind)
         assert words in grade.isolation()
 
