@@ -131,31 +131,35 @@ def boxed(text: str) -> str | None:
 # ---------------------------------------------------------------- programs
 
 SANDBOX = str(Path(__file__).with_name("sandbox.py"))
-FENCE = re.compile(r"^[ \t]*+(`{3,}+|~{3,}+)[^\n`]*+\n(.*?)(?:^[ \t]*+\1|\Z)",
+FENCE = re.compile(r"^([ \t]*+)(`{3,}+|~{3,}+)[^\n`]*+\n(.*?)(?:^[ \t]*+\2|\Z)",
                    re.DOTALL | re.MULTILINE)
-DEFINES = re.compile(r"^(?:async def|def|class)\b", re.MULTILINE)
+DEFINES = re.compile(r"^(?:async def|def|class) +(\w+)", re.MULTILINE)
 FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 PROBE = "import collections, decimal, heapq, math, re, typing"
 ISOLATION = {
-    "namespaces": "programs run in Linux namespaces (user or own user id, process, mount, network):"
-                  " no network, no home folder, read-only libraries, limits",
-    "user": "programs run under a user id of their own with limits, without namespaces:"
-            " this stops accidents, not attackers",
+    "namespaces": "programs run in Linux namespaces (process, mount, network, IPC, and {user}): "
+                  "without network and home folder, with read-only libraries and limits",
+    "user": "programs run under a user id of their own with limits, without namespaces: "
+            "this stops accidents, not attackers",
     "limits": "programs run with limits alone: this stops accidents, not attackers",
 }
 
 
-def code_of(answer: str) -> str:
-    """The program in a chat answer: of its fenced blocks the last one that defines something.
+def code_of(answer: str, wanted: str = "") -> str:
+    """The program in a chat answer: of its fenced blocks the last one that defines what is wanted.
 
-    A later block without a definition is mostly an example of use, and an earlier one a first try
-    or a piece. Without any definition it is the last block; without a fence the whole answer, with
-    its leading blanks (the rest of a function may be all there is). A block that is never closed
-    ends with the answer.
+    wanted: names or tests; a block counts that defines a function or class named there, else one
+    that defines anything, else any. The last one, because first tries and pieces stand before it;
+    examples of use and the model's own tests, which may follow, define nothing that is wanted.
+    Without a fence it is the whole answer, with its leading blanks (the rest of a function may be
+    all there is). A block that is never closed ends with the answer.
     """
-    blocks = [block[2] for block in FENCE.finditer(answer)]
+    names = set(re.findall(r"\w+", wanted))
+    blocks = [re.sub(f"^{indent}", "", block, flags=re.MULTILINE)
+              for indent, _, block in FENCE.findall(answer)]
     defining = [block for block in blocks if DEFINES.search(block)]
-    return (defining or blocks or [answer])[-1]
+    wanted = [block for block in defining if names & set(DEFINES.findall(block))]
+    return (wanted or defining or blocks or [answer])[-1]
 
 
 def humaneval_program(problem: dict, answer: str) -> str:
@@ -164,7 +168,7 @@ def humaneval_program(problem: dict, answer: str) -> str:
     The start stands there even when the answer repeats it: it has the imports and helper functions.
     It ends inside the function: an answer with only the rest of the function goes on from there.
     """
-    code = code_of(answer)
+    code = code_of(answer, problem["entry_point"])
     future = "".join(FUTURE.findall(code))                   # has to be a program's first line
     return (f"{future}{problem['prompt']}{FUTURE.sub('', code)}\n\n{problem['test']}\n"
             f"check({problem['entry_point']})\n")
@@ -172,9 +176,9 @@ def humaneval_program(problem: dict, answer: str) -> str:
 
 def mbpp_program(problem: dict, answer: str) -> str:
     """An answer's code and an MBPP problem's tests (sanitised or full data set), to be run."""
-    tests = [*problem.get("test_imports", []), problem.get("test_setup_code", ""),
-             *problem["test_list"]]
-    return "\n".join([code_of(answer), *tests]) + "\n"
+    tests = "\n".join(problem["test_list"])
+    setup = [*problem.get("test_imports", []), problem.get("test_setup_code", "")]
+    return "\n".join([code_of(answer, tests), *setup, tests]) + "\n"
 
 
 @functools.cache
@@ -192,8 +196,9 @@ def containment() -> str:
 
 def isolation() -> str:
     """One line for the reader: how programs are contained on this machine."""
-    line = ISOLATION[containment()]
-    if containment() == "limits" and os.geteuid() == 0:
+    root = os.geteuid() == 0
+    line = ISOLATION[containment()].format(user="a user id of their own" if root else "user")
+    if root and containment() == "limits":
         line += "; as root not even the number of processes is limited"
     return line
 

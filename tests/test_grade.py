@@ -267,7 +267,9 @@ WHOLE = "def area_sum(radii):\n    return round(sum(area(r) for r in radii))\n"
     f"First try:\n```\ndef area_sum(radii):\n    return 0\n```\nBetter:\n~~~py\n{WHOLE}~~~",
     f"```python\nfrom __future__ import annotations\n{WHOLE}```",
     f"```python\n{WHOLE}\nif __name__ == '__main__':\n    print(input())\n```",
-    f"1. So:\n   ```python\n{WHOLE}   ```",
+    "1. So:\n   ```python\n" + textwrap.indent(WHOLE, "   ") + "   ```",
+    f"```python\n{WHOLE}```\nTest:\n```python\ndef test_it():\n    assert area_sum([]) == 0\n```",
+    "```python\n" + HUMANEVAL["canonical_solution"] + "```",
     f"```python\n{WHOLE}",                                                  # never closed
 ])
 def test_a_right_answer_passes_however_it_is_wrapped(answer):
@@ -320,7 +322,7 @@ def scratch(tmp_path, monkeypatch):
     assert list(folder.iterdir()) == [] and leftovers() == []
 
 
-def end(program: str, kind: str, seconds: float = 0.7) -> str:
+def end(program: str, kind: str, seconds: float = 10) -> str:
     return grade.run_contained(textwrap.dedent(program), kind, seconds)
 
 
@@ -427,7 +429,7 @@ CASES += [(name, BEST) for name in NAMESPACES if BEST == "namespaces"]
 @pytest.mark.parametrize("name, kind", CASES)
 def test_a_hostile_program_is_contained_and_does_not_pass(name, kind):
     program, reasons = (HOSTILE | NAMESPACES)[name]
-    assert end(program, kind) in reasons
+    assert end(program, kind, 0.7 if "timeout" in reasons else 10) in reasons
 
 
 def test_fast_enough_a_hostile_program_costs_its_time_and_little_more():
@@ -441,7 +443,7 @@ def test_an_answer_that_passes_leaves_at_once_whatever_it_left_running(kind):
     assert end("""
         import atexit, os, threading, time
         if os.getpid() == 1: threading.Thread(target=time.sleep, args=(60,)).start()
-        atexit.register(time.sleep, 60)""", kind, 5) == "passed"
+        atexit.register(time.sleep, 60)""", kind) == "passed"
 
 
 def test_processes_and_memory_are_counted(scratch):
@@ -455,8 +457,8 @@ def test_processes_and_memory_are_counted(scratch):
                 if os.fork() == 0: time.sleep(60)
                 children += 1
         except BlockingIOError: pass
-        assert 0 < children < 8""", BEST, 5) == "passed"
-    assert end("len(bytearray(100 << 20))", BEST, 5) == "passed"
+        assert 0 < children < 8""", BEST) == "passed"
+    assert end("len(bytearray(100 << 20))", BEST) == "passed"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -470,14 +472,14 @@ def test_nothing_of_the_environment_or_the_open_files_is_inherited(kind, monkeyp
             for number in range(4, 100):
                 try: os.fstat(number)
                 except OSError: continue
-                assert False, number""", kind, 5) == "passed"
+                assert False, number""", kind) == "passed"
 
 
 def test_no_secret_of_another_process_is_in_sight(monkeypatch):
     if BEST != "namespaces":
         return
     monkeypatch.setenv("SECRET_KEY", "s3cret")               # /proc/PID/environ of this process
-    assert end("import os\nassert not os.path.exists('/proc')", BEST, 5) == "passed"
+    assert end("import os\nassert not os.path.exists('/proc')", BEST) == "passed"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -486,7 +488,7 @@ def test_the_home_folder_stays_as_it_was(kind):
     reason = end(f"""
         import os
         open(os.path.expanduser("~/{name}"), "w").close()
-        open({str(home / name)!r}, "w").close()""", "namespaces" if kind == "limits" else kind, 5)
+        open({str(home / name)!r}, "w").close()""", "namespaces" if kind == "limits" else kind)
     assert reason == "error" and not (home / name).exists()
 
 
@@ -497,7 +499,7 @@ def test_there_is_no_network():
         server.settimeout(0.1)
         place = ("127.0.0.1", server.getsockname()[1])
         program = f"import socket\nsocket.create_connection({place!r}, 1)"
-        assert end(program, BEST, 5) == "error"
+        assert end(program, BEST) == "error"
         with pytest.raises(TimeoutError):
             server.accept()
 
@@ -514,7 +516,7 @@ def test_links_and_closed_folders_in_the_scratch_folder_harm_nobody(tmp_path):
             os.symlink({str(treasure)!r}, folder + "/link")
             os.symlink({str(treasure / "gold")!r}, folder + "/gold")
         os.chmod("deep/closed", 0)
-        os.chmod(".", 0)""", "limits", 5) == "passed"
+        os.chmod(".", 0)""", "limits") == "passed"
     assert (treasure / "gold").read_text() == "kept" and treasure.stat().st_mode & 0o777 == 0o500
 
 
@@ -540,7 +542,7 @@ def wait_until(true):
 
 def test_isolation_says_in_a_line_which_containment_runs(monkeypatch):
     assert grade.isolation().count("\n") == 0
-    for kind, words in (("namespaces", "no network"), ("limits", "accidents, not attackers")):
+    for kind, words in (("namespaces", "without network"), ("limits", "accidents, not attackers")):
         monkeypatch.setattr(grade, "containment", lambda kind=kind: kind)
         assert words in grade.isolation()
 
