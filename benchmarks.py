@@ -37,10 +37,12 @@ def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[
     prompt = "{problem}" if bare else read_prompt(HERE / "prompts" / f"{name}.txt")
     problems = []
     for where, entry in read_entries(path)[:limit]:
-        missing = [key for key in FIELDS[name]
-                   if not isinstance(entry, dict) or not isinstance(entry.get(key), (str, list))]
+        missing = [key for key in FIELDS[name] if not isinstance(entry, dict)
+                   or not is_text(entry.get(key), listed=key == "test_list")]
         if missing:
-            raise InputError(f"{path}, {where}: no field {', '.join(missing)}: not {name}")
+            raise InputError(f"{path}, {where}: no text in {', '.join(missing)}: not {name}")
+        if name == "gsm8k" and last_number(entry["answer"]) is None:
+            raise InputError(f"{path}, {where}: no number in answer: not {name}")
         query = fill(prompt, problem=entry[FIELDS[name][0]],
                      tests="\n".join(entry.get("test_list", [])))
         problems.append({"query": query, "gold": entry.get("answer"), "problem": entry,
@@ -48,6 +50,13 @@ def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[
     if not problems:
         raise InputError(f"{path}: no problems in it")
     return problems, prompt
+
+
+def is_text(value, *, listed: bool) -> bool:
+    """Whether a field holds a text, or where `listed` a list of some."""
+    if listed:
+        return isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
+    return isinstance(value, str)
 
 
 def is_right(name: str, problem: dict, answer: str, *, cut: bool) -> tuple[bool, str]:

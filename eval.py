@@ -8,12 +8,13 @@
     python eval.py plot base M --out bars.png                # and curves: plot runs/tiny-lsp-*
 
 What is measured is written as it comes; the same command again goes on where it was interrupted.
-train.py calls the first two functions while it trains.
+train.py calls evaluate() and evaluate_world() while it trains.
 """
 import os
 import re
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -247,13 +248,14 @@ def benchmark(args):
             "reasons": [why for _, why in verdicts], "answers": [text for text, _ in answers],
             "cut": [cut for _, cut in answers]})
         append_line(out, records[-1])
-    subsets = [record["subset"] for record in records]
     cut = sum(sum(record["cut"]) for record in records)
     print(f"{cut} of {samples * len(records)} answers were cut off at {args.max_new_tokens} tokens")
+    reasons = Counter(why for record in records for why in record["reasons"]).most_common()
+    print("answers: " + ", ".join(f"{count} {why}" for why, count in reasons))
     (measure, values), *others = benchmarks.scores(records, samples).items()
     figures = {"benchmark": name} | results.percent(values, measure)
     figures |= {other: 100 * results.mean_error(values)[0] for other, values in others}
-    results.show(figures, values, subsets, measure)
+    results.show(figures, values, [record["subset"] for record in records], measure)
 
 
 # ---------------------------------------------------------------- command line
@@ -290,8 +292,7 @@ def make_parser() -> Parser:
     three.add_argument("--judge-prompt", help="its file (default: the judge's own or ours)")
     three.add_argument("--judge-tokens", type=int, default=1024, help="longest reply from the URL")
     three.add_argument("--timeout", type=float, default=120, help="seconds a reply may take")
-    three.add_argument("--out", help="where the verdicts are kept (default: by its names, beside "
-                       "the first file)")
+    three.add_argument("--out", help="file of the verdicts (default: beside the first outputs)")
     three.add_argument("--concurrency", type=int, default=4, help="questions at a time, to a URL")
     three.add_argument("--batch", type=int, default=16, help="pairs judged together")
     three.set_defaults(run=winrate)

@@ -127,16 +127,17 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict],
     if len(one) != len(two) or one[:-1] != two[:-1]:
         raise InputError(f"{tokenizer.path}: as a judge it needs a token each for 1 and 2")
     left, masses = questions(pairs, done), []
+    turns = [[{"role": "user", "content": asked(prompt, *question)}] for question in left]
+    rows = [tokenizer.chat(turn) + one[:-1] for turn in turns]
+    longest, context = max(map(len, rows), default=0), judge.config.max_position_embeddings
+    if longest > context:
+        raise InputError(f"a question of {longest} tokens does not fit into the judge's context of "
+                         f"{context}")
     for start in tqdm(range(0, len(left), batch), desc="judging", unit=f" x {batch}"):
         some = left[start:start + batch]
-        turns = [[{"role": "user", "content": asked(prompt, *question)}] for question in some]
-        rows = [tokenizer.chat(turn) + one[:-1] for turn in turns]
-        longest, context = max(map(len, rows)), judge.config.max_position_embeddings
-        if longest > context:
-            raise InputError(f"a question of {longest} tokens does not fit into the judge's "
-                             f"context of {context}")
         with torch.no_grad():
-            p = judge.logits(last_hidden(judge, rows, 16384)).softmax(-1)    # (b, V)
+            hidden = last_hidden(judge, rows[start:start + batch], 16384)    # (b, D)
+            p = judge.logits(hidden).softmax(-1)                             # (b, V)
         p = p[:, [one[-1], two[-1]]].cpu()                                   # (b, 2)
         mass = p.sum(-1)                                                     # (b,)
         for (pair, a_first), share, m in zip(some, (p[:, 0] / mass).tolist(), mass.tolist()):
@@ -189,7 +190,8 @@ class Endpoint:
                     content = content_of(json.loads(response.read(2 ** 22)))
                     return None if content is None else self._hide(content)
             except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code} {self._said(error)}"
+                with error:
+                    reason = f"HTTP {error.code} {self._said(error)}"
                 if error.code in UNFIT:
                     break
                 if error.code not in RETRIED and error.code < 500:

@@ -233,9 +233,12 @@ def test_every_benchmark_states_its_prompt_and_fills_all_of_it(tmp_path, name):
 @pytest.mark.parametrize("arguments, message", [
     (["generate", "--prompts", "p.json"], "--out"), (["benchmark", "chess", "--out", "o"], "chess"),
     (["benchmark", "gsm8k", "--out", "o.jsonl"], "--prompts"),
-    (["benchmark", "gsm8k", "--prompts", "p.json", "--out", "o.jsonl"], "entry 1: no field answer"),
+    (["benchmark", "gsm8k", "--prompts", "p.json", "--out", "o.jsonl"], "entry 1: no text"),
+    (["benchmark", "gsm8k", "--prompts", "word.json", "--out", "o.jsonl"], "no number in answer"),
+    (["benchmark", "mbpp", "--allow-code", "--prompts", "list.json", "--out", "o"], "no text"),
+    (["generate", "--prompts", "list.json", "--out", "o.json"], "list.json, entry 1: no text"),
     (["generate", "--prompts", "none.json", "--out", "o.json"], "none.json"),
-    (["generate", "--prompts", "gap.json", "--out", "o.json"], "gap.json, entry 2: no field"),
+    (["generate", "--prompts", "gap.json", "--out", "o.json"], "gap.json, entry 2: no text"),
     (["generate", "--prompts", "none.jsonl", "--out", "o.json"], "none.jsonl: no problems"),
     (["generate", "--prompts", "long.json", "--out", "o.json"], "context of"),
     (["benchmark", "tiny", "--samples", "2", "--out", "o.jsonl"], "--samples 2"),
@@ -254,6 +257,9 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(monkeypatch, capsys, tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.json").write_text('[{"question": "q"}]\n')
     (tmp_path / "gap.json").write_text('[{"instruction": "q"}, {"output": "a"}]')
+    (tmp_path / "word.json").write_text('[{"question": "q", "answer": "many"}]')
+    (tmp_path / "list.json").write_text(
+        '[{"prompt": "q", "test_list": [7], "instruction": ["q"]}]')
     (tmp_path / "none.jsonl").write_text("\n")
     (tmp_path / "long.json").write_text(json.dumps([{"instruction": "What is 1 + 1?" * 999}]))
     (tmp_path / "odd.json").write_text('[{"instruction": "漢"}]')

@@ -389,6 +389,14 @@ def test_a_llama_judges_by_the_probability_of_1_against_2_in_both_orders(
         assert record["preference"] == pytest.approx(1 + wins, abs=1e-5)
 
 
+def test_a_question_longer_than_the_judges_context_is_said_before_any_is_asked(
+        monkeypatch, capsys, tmp_path):
+    write_checkpoint(tmp_path / "judge", "untied", max_position_embeddings=128)
+    outputs = write_outputs(tmp_path)
+    with pytest.raises(InputError, match=r"\d+ tokens does not fit into .* context of 128"):
+        winrate(monkeypatch, capsys, *outputs, "--judge", tmp_path / "judge", "--device", "cpu")
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "two files of outputs"), (["a.json"], "two files of outputs"),
     (["a.json", "b.json"], "--judge"), (["a.json", "b.json", "--annotations", "c"], "or --annot"),
