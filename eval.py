@@ -184,14 +184,7 @@ def judge(args) -> tuple[dict, int, dict, dict]:
     if len(args.outputs) != 2 or not args.judge:
         raise InputError("winrate needs two files of outputs, the measured model's and the "
                          "baseline's, and a --judge")
-    ours, theirs = map(judges.read_outputs, args.outputs)
-    pairs = judges.pair_outputs(ours, theirs)
-    if not pairs:
-        raise InputError(f"{args.outputs[0]} and {args.outputs[1]} share no instruction")
-    if len(pairs) < max(len(ours), len(theirs)):
-        print(f"{len(pairs)} instructions are in both files ({len(ours)} and {len(theirs)})")
-    names = [outputs[0].get("generator") or Path(file).stem
-             for outputs, file in zip((ours, theirs), args.outputs)]
+    pairs, names = judges.read_pairs(*args.outputs)
     remote = args.judge.startswith(("http://", "https://"))
     if remote and not args.judge_model:
         raise InputError("--judge URL needs --judge-model NAME, as the server calls it")

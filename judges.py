@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -46,6 +47,18 @@ def read_outputs(path: str) -> list[dict]:
     if not outputs:
         raise InputError(f"{path}: no outputs in it")
     return outputs
+
+
+def read_pairs(ours_file: str, theirs_file: str) -> tuple[list[dict], tuple[str, str]]:
+    """The pairs of two files, and their generators' names (the file's where it names none)."""
+    ours, theirs = read_outputs(ours_file), read_outputs(theirs_file)
+    pairs = pair_outputs(ours, theirs)
+    if not pairs:
+        raise InputError(f"{ours_file} and {theirs_file} share no instruction")
+    if len(pairs) < max(len(ours), len(theirs)):
+        print(f"{len(pairs)} instructions are in both files ({len(ours)} and {len(theirs)})")
+    name = lambda outputs, file: str(outputs[0].get("generator") or Path(file).stem)
+    return pairs, (name(ours, ours_file), name(theirs, theirs_file))
 
 
 def pair_outputs(ours: list[dict], theirs: list[dict]) -> list[dict]:
