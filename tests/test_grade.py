@@ -348,7 +348,7 @@ HOSTILE = {
     "writes a huge file": ("with open('big', 'wb') as f:\n    while True: f.write(bytes(1 << 20))",
                            {"error"}),
     "prints without end": ("while True: print('x' * 1_000_000)", {"timeout"}),
-    "opens files without end": ("all = []\nwhile True: all.append(open('/dev/null'))", {"error"}),
+    "opens many files": ("all = [open('/dev/null') for _ in range(40)]", {"error"}),
     "recurses without end": ("def f(): return f()\nf()", {"error"}),
     "lifts the recursion limit": ("""
         import sys
@@ -397,7 +397,7 @@ HOSTILE = {
                 os._exit(0)
         time.sleep(.1)
         assert False""", {"failed"}),
-    "imports this project": ("import grade", {"error"}),
+    "imports this project": ("import sandbox", {"error"}),
 }
 # Contained by namespaces alone.
 NAMESPACES = {
@@ -469,6 +469,8 @@ def test_nothing_of_the_environment_or_the_open_files_is_inherited(kind, monkeyp
         assert end("""
             import os
             assert dict(os.environ) == {} and os.getenv("SECRET_KEY") is None
+            if os.path.exists("/proc"):
+                assert b"s3cret" not in open("/proc/self/environ", "rb").read()
             for number in range(4, 100):
                 try: os.fstat(number)
                 except OSError: continue
