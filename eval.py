@@ -32,7 +32,8 @@ from config import parse_config
 from data import EVALUATE, generator
 from files import HERE, InputError, find_model, pick_device, prompt_file, read_json, read_prompt
 from model import load_model
-from runs import Parser, append_line, run_script, write_json
+from results import append_line, read_lines
+from runs import Parser, run_script, write_json
 from sample import sample, text_of
 
 # ---------------------------------------------------------------- during a run
@@ -215,7 +216,7 @@ def judge(args) -> tuple[dict, int, dict, dict]:
         model = load_model(path, device=device, dtype=dtype)
         judges.by_llama(model, Tokenizer(path), prompt, pairs, done, write, args.batch)
     who = {key: header[key] for key in ("generator", "against", "judge")}
-    return who, len(pairs), *results.item_values(header, results.read_lines(out)[1:])
+    return who, len(pairs), *results.item_values(header, read_lines(out)[1:])
 
 
 # ---------------------------------------------------------------- benchmarks

@@ -8,6 +8,7 @@ pair is asked in both orders and the mean counts. A verdict is handed over as so
 import email.utils
 import http.client
 import json
+import math
 import os
 import re
 import threading
@@ -128,8 +129,9 @@ def by_reward(judge: RewardModel, pairs: list[dict], done: list[dict], write, ba
         a, b = (judge([p["query"] for p in some], [p[side] for p in some]).tolist()
                 for side in "ab")
         for pair, ours, theirs in zip(some, a, b):
-            write(verdict(pair, 1.5 + (ours > theirs) / 2 - (ours < theirs) / 2, orders=1,
-                          first=None, reward_a=ours, reward_b=theirs))
+            preference = 1.5 + (ours > theirs) / 2 - (ours < theirs) / 2
+            preference = None if math.isnan(ours + theirs) else preference
+            write(verdict(pair, preference, orders=1, first=None, reward_a=ours, reward_b=theirs))
 
 
 def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict], done: list[dict],

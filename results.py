@@ -40,6 +40,12 @@ def read_lines(path: Path) -> list[dict]:
     return records
 
 
+def append_line(path: Path, record: dict):
+    """One JSON object on a line of its own, in one write."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
 def resume(path: Path, header: dict) -> list[dict]:
     """The records that an earlier, interrupted command left; a new file begins with the header.
 

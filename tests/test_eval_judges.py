@@ -365,6 +365,14 @@ def test_a_reward_model_prefers_the_higher_reward(monkeypatch, capsys, tmp_path)
     assert kept == [(r["item"], r["preference"]) for r in map(json.loads, whole.splitlines()[1:])]
 
 
+def test_a_reward_that_is_no_number_is_a_failed_verdict():
+    verdicts, rewards = [], iter(([1.0, float("nan"), 2.0], [1.0, 1.0, float("nan")]))
+    pairs = [{"item": i, "query": "q", "subset": None, "a": "", "b": ""} for i in range(3)]
+    judge = lambda queries, answers: torch.tensor(next(rewards))
+    judges.by_reward(judge, pairs, [], verdicts.append, 3)
+    assert [v["preference"] for v in verdicts] == [1.5, None, None]
+
+
 def test_a_llama_judges_by_the_probability_of_1_against_2_in_both_orders(
         monkeypatch, capsys, tmp_path):
     write_checkpoint(tmp_path / "judge", "untied", max_position_embeddings=4096)
