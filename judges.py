@@ -151,7 +151,8 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict],
     for start in tqdm(range(0, len(left), batch), desc="judging", unit=f" x {batch}"):
         some = left[start:start + batch]
         with torch.no_grad():
-            hidden = last_hidden(judge, rows[start:start + batch], 16384)    # (b, D)
+            hidden = last_hidden(judge, rows[start:start + batch],
+                                 [pair["item"] for pair, _ in some], 16384)  # (b, D)
             p = judge.logits(hidden).softmax(-1)                             # (b, V)
         p = p[:, [one[-1], two[-1]]].cpu()                                   # (b, 2)
         mass = p.sum(-1)                                                     # (b,)
