@@ -129,7 +129,7 @@ def bars(paths: list[str], out: str):
     Where there is a single measure, its subsets (AlpacaEval's five, carry classes) follow it.
     """
     plt = pyplot()
-    sides = {Path(path).name.removesuffix(".jsonl"): read_results([path]) for path in paths}
+    sides = {Path(path).name.removesuffix(".jsonl"): read_results(path) for path in paths}
     if len(sides) < len(paths):
         raise InputError("two of the paths have the same name, which the legend needs")
     labels = sorted({label for side in sides.values() for label in side})

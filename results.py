@@ -148,25 +148,24 @@ def show(figures: dict, values: list[float], subsets: list, name: str):
 
 # ---------------------------------------------------------------- before and after
 
-def read_results(paths: list[str]) -> dict[str, dict]:
-    """Result files, or folders with some: {measure's label: header, file, values by item}."""
-    measures = {}
-    for path in map(Path, paths):
-        if not path.exists():
-            raise InputError(f"{path}: no such file or folder")
-        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-            header, *records = read_lines(file) or [None]
-            if not isinstance(header, dict) or "measure" not in header:
-                continue
-            label = header["measure"]
-            if label == "win-rate":
-                label += f" against {header['against']}, judge {header['judge']}"
-            if label in measures:
-                raise InputError(f"{file}: {label} is in {measures[label]['file']} already")
-            values, subsets = item_values(header, records)
-            measures[label] = {"header": header, "file": file, "values": values, "subsets": subsets}
+def read_results(path: str) -> dict[str, dict]:
+    """A result file, or a folder of some: {measure's label: header, file, values by item}."""
+    path, measures = Path(path), {}
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        header, *records = read_lines(file) or [None]
+        if not isinstance(header, dict) or "measure" not in header:
+            continue
+        label = header["measure"]
+        if label == "win-rate":
+            label += f" against {header['against']}, judge {header['judge']}"
+        if label in measures:
+            raise InputError(f"{file}: {label} is in {measures[label]['file']} already")
+        values, subsets = item_values(header, records)
+        measures[label] = {"header": header, "file": file, "values": values, "subsets": subsets}
     if not measures:
-        raise InputError(f"{', '.join(map(str, paths))}: no result files of eval.py")
+        raise InputError(f"{path}: no result files of eval.py")
     return measures
 
 
@@ -237,7 +236,7 @@ def rows(base: dict, run: dict) -> list[list]:
 
 def compare(base_path: str, run_paths: list[str]):
     """Print one table of the base against each run, and below it the command of each figure."""
-    sides = {path: read_results([path]) for path in (base_path, *run_paths)}
+    sides = {path: read_results(path) for path in (base_path, *run_paths)}
     print(f"{'':42} {'n':>5} {'base':>7} {'run':>7} {'run - base':>11} {'95 % interval':>17} "
           f"{'McNemar p':>10}")
     for path in run_paths:

@@ -338,6 +338,13 @@ def test_a_key_in_the_url_is_refused_without_repeating_it(url):
     assert "secret" not in str(refused.value) and judges.KEY in str(refused.value)
 
 
+def test_a_stand_in_for_a_key_spoils_no_reply(serve, monkeypatch):
+    monkeypatch.setenv(judges.KEY, "e")
+    server = serve(lambda q, number: (200, {}, completion("Better: 1"), 0))
+    assert judges.Endpoint(server.url, "m").ask("x") == "Better: 1"
+    assert server.requests[0][1]["Authorization"] == "Bearer e"
+
+
 def test_without_a_key_none_is_sent(serve, monkeypatch):
     monkeypatch.delenv(judges.KEY)
     server = serve(lambda q, number: (200, {}, completion("yes"), 0))

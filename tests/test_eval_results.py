@@ -127,13 +127,13 @@ def test_folders_are_compared_measure_by_measure(tmp_path, capsys):
         (tmp_path / side / "metrics.jsonl").write_text('{"step": 1}\n')          # not a result file
     write_results(tmp_path / "run" / "math.jsonl", [[1, 0], [0, 0]], measure="math", samples=2)
     write_results(tmp_path / "run" / "mbpp.jsonl", [], measure="mbpp")               # just begun
-    rows = results.rows(*(results.read_results([tmp_path / side]) for side in ("base", "run")))
+    rows = results.rows(*(results.read_results(tmp_path / side) for side in ("base", "run")))
     assert [row[:5] for row in rows] == [["gsm8k", 2, 0.5, 1.0, 0.5], ["math", 2, None, 0.25, None],
                                          ["mbpp", 0, None, None, None]]
     assert rows[1][5:] == [*results.interval([0.5, 0.0]), None]
     write_results(tmp_path / "run" / "again.jsonl", [[1]])
     with pytest.raises(InputError, match="gsm8k is in .*again.jsonl already"):
-        results.read_results([tmp_path / "run"])
+        results.read_results(tmp_path / "run")
 
 
 def test_win_rates_are_paired_by_their_baseline_and_judge(tmp_path):
@@ -144,7 +144,7 @@ def test_win_rates_are_paired_by_their_baseline_and_judge(tmp_path):
                  for first, p in zip("ab", both)]
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(json.dumps(line) + "\n" for line in (head, *lines)))
-        return results.read_results([tmp_path / f"{name}.jsonl"])
+        return results.read_results(tmp_path / f"{name}.jsonl")
     # Both orders are averaged; a failed one (None) or a missing one takes the item out.
     base = verdicts("one", [(1, 1), (1, 2), (2, 2), (2, None), (2,)])
     run = verdicts("two", [(2, 2), (2, 2), (1.5, 2), (2, 2), (2, 2)])
