@@ -1,6 +1,6 @@
 """The child that grade.run_program starts: contain one generated program, run it, say how it ended.
 
-    python -s -S sandbox.py CONTAINMENT SECONDS < program.py       # in an empty scratch folder
+    python -s -S sandbox.py CONTAINMENT CPU WALL < program.py      # seconds; in an empty folder
 
 This process, the keeper, is outside of the containment; the program runs in a child of it. What
 the keeper prints is one word of REASONS. The containments, best first (grade.containment chooses):
@@ -97,10 +97,9 @@ def hide_files(scratch: str):
     os.chdir("/scratch")
 
 
-def give_up_rights(containment: str, keeper: int, seconds: float):
+def give_up_rights(containment: str, keeper: int, cpu: int):
     """Limits for this process and its children, and no way back to more rights."""
     os.environ.clear()
-    cpu = math.ceil(seconds) + 1
     limits = {resource.RLIMIT_CPU: cpu, resource.RLIMIT_AS: MEMORY,
               resource.RLIMIT_FSIZE: FILE_SIZE, resource.RLIMIT_NPROC: PROCESSES,
               resource.RLIMIT_NOFILE: OPEN_FILES, resource.RLIMIT_CORE: 0}
@@ -180,8 +179,11 @@ def end_all():
             time.sleep(0.002)
 
 
-def keep(containment: str, seconds: float) -> str:
-    """Run the program on standard input in a contained child: one of REASONS."""
+def keep(containment: str, cpu: int, wall: float) -> str:
+    """Run the program on standard input in a contained child: one of REASONS.
+
+    cpu and wall: seconds. The CPU's are what a program is given; wall time ends those that wait.
+    """
     program, token = sys.stdin.buffer.read(), os.urandom(16).hex().encode()
     reading, report = os.pipe()
     if LINUX:
@@ -201,7 +203,7 @@ def keep(containment: str, seconds: float) -> str:
                 os.setsid()
             report = close_files(report)
             try:
-                give_up_rights(containment, keeper, seconds)
+                give_up_rights(containment, keeper, cpu)
             except OSError:
                 os.write(report, b"sandbox")
                 os._exit(1)
@@ -209,9 +211,11 @@ def keep(containment: str, seconds: float) -> str:
         finally:
             os._exit(1)
     os.close(report)
-    deadline = time.monotonic() + seconds
-    while not (ended := os.waitpid(first, os.WNOHANG)[0]) and time.monotonic() < deadline:
+    deadline = time.monotonic() + wall
+    ended, status, used = os.wait4(first, os.WNOHANG)
+    while not ended and time.monotonic() < deadline:
         time.sleep(0.002)
+        ended, status, used = os.wait4(first, os.WNOHANG)
     if not ended:
         os.kill(first, signal.SIGKILL)
     end_all()
@@ -222,15 +226,17 @@ def keep(containment: str, seconds: float) -> str:
         word = b""
     if word == token:
         return "passed"
-    if not ended:
-        return "timeout"
-    return word.decode() if word in (b"failed", b"error", b"memory", b"sandbox") else "ended"
+    if word in (b"failed", b"error", b"memory", b"sandbox"):
+        return word.decode()
+    # The kernel counts ticks for the limit, and run time for what was used: they differ a little.
+    stopped = os.WIFSIGNALED(status) and used.ru_utime + used.ru_stime > 0.8 * cpu
+    return "timeout" if stopped or not ended else "ended"
 
 
 def main():
-    """CONTAINMENT and SECONDS from the command line; prints the reason."""
+    """The command line's arguments to keep, and its answer printed."""
     try:
-        print(keep(sys.argv[1], float(sys.argv[2])))
+        print(keep(sys.argv[1], math.ceil(float(sys.argv[2])), float(sys.argv[3])))
     except OSError as error:                    # the containment's: the program's stay with it
         print("sandbox")
         sys.exit(f"sandbox.py: {error}")

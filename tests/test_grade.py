@@ -1,6 +1,7 @@
 """Grading: MATH answers against a table, boxes, programs in chat answers, and hostile programs."""
 import contextlib
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -294,6 +295,23 @@ def test_mbpp_answers_meet_each_of_their_tests():
     assert grade.run_program(grade.mbpp_program(setup, MBPP["code"])) == (True, "passed")
 
 
+@pytest.mark.parametrize("problem, line", [
+    (HUMANEVAL, "1 of 1 reference solutions pass"), (MBPP, "1 of 1 reference solutions pass"),
+    (MBPP | {"code": "def turn(word): return None"}, "1: failed\n0 of 1 reference solutions pass")])
+def test_the_reference_solutions_of_a_file_are_run(problem, line, tmp_path, monkeypatch, capsys):
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    monkeypatch.setattr(sys, "argv", ["grade.py", str(tmp_path / "problems.jsonl")])
+    grade.main()
+    assert capsys.readouterr().out == f"{grade.isolation()}\n{line}\n"
+
+
+def test_a_file_of_something_else_is_refused_in_a_line(tmp_path, monkeypatch):
+    (tmp_path / "problems.json").write_text('[{"question": "1 + 1?"}]')
+    monkeypatch.setattr(sys, "argv", ["grade.py", str(tmp_path / "problems.json")])
+    with pytest.raises(InputError, match="problems.json, entry 1: neither"):
+        grade.main()
+
+
 # ---------------------------------------------------------------- hostile programs
 
 def leftovers() -> list[str]:
@@ -429,13 +447,14 @@ CASES += [(name, BEST) for name in NAMESPACES if BEST == "namespaces"]
 @pytest.mark.parametrize("name, kind", CASES)
 def test_a_hostile_program_is_contained_and_does_not_pass(name, kind):
     program, reasons = (HOSTILE | NAMESPACES)[name]
-    assert end(program, kind, 0.7 if "timeout" in reasons else 10) in reasons
+    assert end(program, kind, 0.3 if "timeout" in reasons else 10) in reasons
 
 
-def test_fast_enough_a_hostile_program_costs_its_time_and_little_more():
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cpu_limit_holds_long_before_the_wall_time(kind):
     started = time.monotonic()
-    assert end("while True: pass", BEST, 0.5) == "timeout"
-    assert time.monotonic() - started < 5
+    assert grade.run_contained("while True: pass", kind, 1, patience=60) == "timeout"
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -524,7 +543,7 @@ def test_links_and_closed_folders_in_the_scratch_folder_harm_nobody(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_outlives_a_run_that_is_killed(kind, scratch):
-    command = [sys.executable, "-s", "-S", grade.SANDBOX, kind, "60"]
+    command = [sys.executable, "-s", "-S", grade.SANDBOX, kind, "60", "60"]
     run = subprocess.Popen([sys.executable, "-S", "-c", f"import subprocess, time\n"
                             f"p = subprocess.Popen({command!r}, stdin=subprocess.PIPE,"
                             f" cwd={str(scratch)!r}, start_new_session=True)\n"
