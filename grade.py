@@ -5,8 +5,8 @@
     python grade.py sanitized-mbpp.json                           # its reference solutions pass
 
 MATH: the data set's own grader (hendrycks/math) compares two strings after rewriting; MATH-500's
-(openai/prm800k) also compares values with sympy. Here: the rewriting of both, and values where
-an answer is one number, without sympy. Sums in another order are therefore different answers.
+(openai/prm800k) also compares values with sympy. Here: the rewriting of both, and the values of
+numbers, without sympy. Sums in another order are therefore different answers.
 """
 import contextlib
 import functools
