@@ -2,10 +2,11 @@
 
     same_answer(r"\\dfrac12", boxed(answer))                      # True for ... \\boxed{0.5}
     passed, reason = run_program(mbpp_program(problem, answer), seconds=10)
+    python grade.py sanitized-mbpp.json                           # its reference solutions pass
 
 MATH: the data set's own grader (hendrycks/math) compares two strings after rewriting; MATH-500's
-(openai/prm800k) also compares values with sympy. Here: the rewriting of both, and values where
-an answer is one number, without sympy. Sums in another order are therefore different answers.
+(openai/prm800k) also compares values with sympy. Here: the rewriting of both, and the values of
+numbers, without sympy. Sums in another order are therefore different answers.
 """
 import contextlib
 import functools
@@ -15,11 +16,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from fractions import Fraction
 from math import comb
 from pathlib import Path
 
+from data import read_entries
 from files import InputError
+from runs import Parser, run_script
 
 # ---------------------------------------------------------------- MATH answers
 
@@ -206,24 +210,30 @@ def isolation() -> str:
 def run_program(program: str, *, seconds: float = 10) -> tuple[bool, str]:
     """Run a program with its tests in a contained child; whether it passed, and why or why not.
 
-    The reason is one of sandbox.REASONS: passed; failed (an assertion); error (any other exception,
-    syntax included); memory; timeout (of wall time); ended (before its last line: an exit, a
-    signal, a crash); sandbox (it could not be started). Any string is a program; nothing is raised.
+    seconds: of CPU time, rounded up, and three times as many of wall time, so that other work on
+    the machine does not decide. The reason is one of sandbox.REASONS: passed; failed (an
+    assertion); error (any other exception, syntax included); memory; timeout; ended (before its
+    last line: an exit, a signal, a crash); sandbox (it could not be started: nothing was measured).
+    Any string is a program.
     """
     reason = run_contained(program, containment(), seconds)
     return reason == "passed", reason
 
 
-def run_contained(program: str, kind: str, seconds: float) -> str:
-    """One program in sandbox.py under one kind of containment: the reason it gives."""
+def run_contained(program: str, kind: str, seconds: float, patience: float = 3) -> str:
+    """One program in sandbox.py under one kind of containment: the reason it gives.
+
+    seconds: of CPU time; patience: seconds of wall time to each of them.
+    """
+    wall = patience * seconds
     scratch = tempfile.mkdtemp(prefix="program-")
-    command = [sys.executable, "-s", "-S", SANDBOX, kind, str(seconds)]
+    command = [sys.executable, "-s", "-S", SANDBOX, kind, str(seconds), str(wall)]
     keeper = subprocess.Popen(command, cwd=scratch, start_new_session=True,
                               env={"PYTHONHASHSEED": "0"},       # a set's order is always the same
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL)
     try:
-        word, _ = keeper.communicate(program.encode(errors="replace"), timeout=seconds + 20)
+        word, _ = keeper.communicate(program.encode(errors="replace"), timeout=wall + 20)
         return word.decode().strip() or "ended"
     except subprocess.TimeoutExpired:                        # somebody stopped the keeper
         return "timeout"
@@ -241,3 +251,28 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} from {n} answers, {c} of them right")
     return 1 - comb(n - c, k) / comb(n, k)
+
+
+def main():
+    """Run a file's reference solutions: where they pass, the sandbox is no hindrance to answers."""
+    parser = Parser(description="Run the reference solutions of HumanEval or MBPP.")
+    parser.add_argument("file", help="the data set, a JSON list or JSON lines")
+    file = parser.parse_args().file
+    print(isolation())
+    ended = Counter()
+    for where, problem in read_entries(file):
+        if isinstance(problem, dict) and {"prompt", "canonical_solution", "test"} <= {*problem}:
+            program = humaneval_program(problem, problem["canonical_solution"])
+        elif isinstance(problem, dict) and {"code", "test_list"} <= {*problem}:
+            program = mbpp_program(problem, problem["code"])
+        else:
+            raise InputError(f"{file}, {where}: neither a problem of HumanEval nor one of MBPP")
+        passed, reason = run_program(program)
+        ended[reason] += 1
+        if not passed:
+            print(f"{problem['task_id']}: {reason}")
+    print(f"{ended['passed']} of {ended.total()} reference solutions pass")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,6 +1,6 @@
 """The child that grade.run_program starts: contain one generated program, run it, say how it ended.
 
-    python -s -S sandbox.py CONTAINMENT SECONDS < program.py       # in an empty scratch folder
+    python -s -S sandbox.py CONTAINMENT CPU WALL < program.py      # seconds; in an empty folder
 
 This process, the keeper, is outside of the containment; the program runs in a child of it. What
 the keeper prints is one word of REASONS. The containments, best first (grade.containment chooses):
@@ -15,17 +15,18 @@ the keeper prints is one word of REASONS. The containments, best first (grade.co
 In each: limits on wall and CPU time, memory, processes, file size and open files; a session of
 its own; output thrown away; no environment, no input, no inherited file.
 
-Passing means that the last thing the program's process did was to send back a random token, known
-to run_tests alone, after the last line of the program: exit codes, printed words and patched
-functions claim nothing. It does not stop a program that looks for the token in the interpreter's
-frames, skips assertions with a trace function, or returns objects that equal everything. Nor
-does any of this stop an attack on the kernel.
+To have passed, the program's process has to send back a random token, which run_tests does after
+the program's last line: exit codes, printed words and patched functions claim nothing. It does
+not stop a program that looks for the token in the interpreter's frames, skips assertions with a
+trace function, or returns objects that equal everything. Nor does any of this stop an attack on
+the kernel, and memory is limited for each process, not for all of them together.
 """
 import contextlib
 import ctypes
 import math
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -97,10 +98,9 @@ def hide_files(scratch: str):
     os.chdir("/scratch")
 
 
-def give_up_rights(containment: str, keeper: int, seconds: float):
+def give_up_rights(containment: str, keeper: int, cpu: int):
     """Limits for this process and its children, and no way back to more rights."""
     os.environ.clear()
-    cpu = math.ceil(seconds) + 1
     limits = {resource.RLIMIT_CPU: cpu, resource.RLIMIT_AS: MEMORY,
               resource.RLIMIT_FSIZE: FILE_SIZE, resource.RLIMIT_NPROC: PROCESSES,
               resource.RLIMIT_NOFILE: OPEN_FILES, resource.RLIMIT_CORE: 0}
@@ -116,7 +116,20 @@ def give_up_rights(containment: str, keeper: int, seconds: float):
     if LINUX:
         call("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
         call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
+
+
+def end_with_parent(pipe: int):
+    """Have the kernel kill this process when its parent ends, who reads the pipe; or leave now.
+
+    After a change of user ids, which undoes it. The parent may have ended before: then the pipe
+    has no reader. (Where there is no such signal, only this last is looked at.)
+    """
+    if LINUX:
         call("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    watch = select.poll()
+    watch.register(pipe, 0)
+    if watch.poll(0):
+        os._exit(1)
 
 
 def close_files(report: int) -> int:
@@ -131,7 +144,7 @@ def close_files(report: int) -> int:
 
 # ---------------------------------------------------------------- the program's process
 
-def run_tests(program: bytes, token: bytes, report: int):
+def run_tests(program: bytes, token: str, report: int):
     """Run a program to its end, send the token or the reason why not, and leave at once.
 
     What it needs afterwards is held in local names: the program may patch the modules. It is not
@@ -144,14 +157,14 @@ def run_tests(program: bytes, token: bytes, report: int):
         exec(compile(program, "program.py", "exec"), module.__dict__)
         word = token
     except AssertionError:
-        word = b"failed"
+        word = "failed"
     except MemoryError:
-        word = b"memory"
+        word = "memory"
     except Exception:
-        word = b"error"
+        word = "error"
     except BaseException:                                   # SystemExit, KeyboardInterrupt
-        word = b"ended"
-    write(report, word)
+        word = "ended"
+    write(report, word.encode())
     leave(0)
 
 
@@ -180,19 +193,22 @@ def end_all():
             time.sleep(0.002)
 
 
-def keep(containment: str, seconds: float) -> str:
-    """Run the program on standard input in a contained child: one of REASONS."""
-    program, token = sys.stdin.buffer.read(), os.urandom(16).hex().encode()
+def keep(containment: str, cpu: int, wall: float) -> str:
+    """Run the program on standard input in a contained child: one of REASONS.
+
+    cpu and wall: seconds. The CPU's are what a program is given; wall time ends those that wait.
+    """
+    program, token = sys.stdin.buffer.read(), os.urandom(16).hex()
     reading, report = os.pipe()
     if LINUX:
         with contextlib.suppress(OSError):      # if memory runs out, the kernel takes these first
             with open("/proc/self/oom_score_adj", "w") as file:
                 file.write("1000")
-        call("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         call("prctl", SUBREAPER, 1, 0, 0, 0)
     if containment == "namespaces":
         enter_namespaces()
         hide_files(os.getcwd())
+    end_with_parent(1)
     keeper = os.getpid()
     first = os.fork()
     if not first:
@@ -201,7 +217,8 @@ def keep(containment: str, seconds: float) -> str:
                 os.setsid()
             report = close_files(report)
             try:
-                give_up_rights(containment, keeper, seconds)
+                give_up_rights(containment, keeper, cpu)
+                end_with_parent(report)
             except OSError:
                 os.write(report, b"sandbox")
                 os._exit(1)
@@ -209,28 +226,32 @@ def keep(containment: str, seconds: float) -> str:
         finally:
             os._exit(1)
     os.close(report)
-    deadline = time.monotonic() + seconds
-    while not (ended := os.waitpid(first, os.WNOHANG)[0]) and time.monotonic() < deadline:
+    deadline = time.monotonic() + wall
+    ended, status, used = os.wait4(first, os.WNOHANG)
+    while not ended and time.monotonic() < deadline:
         time.sleep(0.002)
+        ended, status, used = os.wait4(first, os.WNOHANG)
     if not ended:
         os.kill(first, signal.SIGKILL)
     end_all()
     os.set_blocking(reading, False)
     try:
-        word = os.read(reading, 100)
+        word = os.read(reading, 100).decode(errors="replace")
     except BlockingIOError:                     # nothing came, but somebody holds the other end
-        word = b""
+        word = ""
     if word == token:
         return "passed"
-    if not ended:
-        return "timeout"
-    return word.decode() if word in (b"failed", b"error", b"memory", b"sandbox") else "ended"
+    if word in REASONS[1:]:
+        return word
+    # The kernel counts ticks for the limit, and run time for what was used: they differ a little.
+    stopped = os.WIFSIGNALED(status) and used.ru_utime + used.ru_stime > 0.8 * cpu
+    return "timeout" if stopped or not ended else "ended"
 
 
 def main():
-    """CONTAINMENT and SECONDS from the command line; prints the reason."""
+    """The command line's arguments to keep, and its answer printed."""
     try:
-        print(keep(sys.argv[1], float(sys.argv[2])))
+        print(keep(sys.argv[1], math.ceil(float(sys.argv[2])), float(sys.argv[3])))
     except OSError as error:                    # the containment's: the program's stay with it
         print("sandbox")
         sys.exit(f"sandbox.py: {error}")
