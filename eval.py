@@ -1,25 +1,40 @@
-"""Measure and look at runs: held-out figures while they train (train.py calls those), and curves.
+"""Measure any checkpoint, before and after, and compare.
 
-    python eval.py plot runs/tiny-lsp-* --out curves.png     # needs matplotlib
+    python eval.py generate --model M --prompts alpaca_eval.json --out M/outputs.json
+    python eval.py winrate M/outputs.json base/outputs.json --judge skywork-v2-3b --out M/wins.jsonl
+    python eval.py winrate --annotations FILE                # AlpacaEval's own, published or yours
+    python eval.py benchmark gsm8k --model M --prompts gsm8k_test.jsonl --out M/gsm8k.jsonl
+    python eval.py compare base M                            # folders, or files, of results
+    python eval.py plot base M --out bars.png                # and curves: plot runs/tiny-lsp-*
 
-Runs whose folders differ only in a last number (tiny-lsp-1, tiny-lsp-2) are seeds of one setting:
-thin lines, and their mean as a thick one.
+What is measured is written as it comes; the same command again goes on where it was interrupted.
+train.py calls evaluate() and evaluate_world() while it trains.
 """
-import json
+import os
 import re
+import shlex
+import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+import benchmarks
+import grade
+import judges
+import plot
+import results
 import rewards
+from chat import Tokenizer
+from config import parse_config
 from data import EVALUATE, generator
-from files import InputError
-from runs import Parser, run_script
+from files import HERE, InputError, find_model, pick_device, prompt_file, read_json, read_prompt
+from model import load_model
+from results import append_line, read_lines
+from runs import Parser, run_script, write_json
 from sample import sample, text_of
-
-CLASSES = {"none": ":", "unit": "--", "tens": "-.", "both": "-"}       # line styles
-
 
 # ---------------------------------------------------------------- during a run
 
@@ -67,111 +82,235 @@ def evaluate_world(game) -> dict:
     return record
 
 
-# ---------------------------------------------------------------- curves
+# ---------------------------------------------------------------- answers
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl file, if there is one; a half-written last line is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(lines := path.read_text(encoding="utf-8").split("\n"), 1):
-        try:
-            records += [json.loads(line)] if line else []
-        except ValueError:
-            if number != len(lines):
-                raise InputError(f"{path}, line {number}: not JSON") from None
-    return records
+def name_of(model: str) -> str:
+    """A checkpoint goes by its run's name, any other model by its folder's or its own."""
+    path = Path(model).absolute()
+    return path.parent.name if path.name.startswith("checkpoint") else path.name
 
 
-def series(records: list[dict], *keys: str) -> tuple[list, list]:
-    """Steps and values of a nested entry, where there is one."""
-    points = []
-    for record in records:
-        value = record
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            points.append((record["step"], value))
-    return [p[0] for p in points], [p[1] for p in points]
+def answer(args, queries: list[str], done: int, samples: int = 1):
+    """The model's answers to queries[done:], as they come: yields (number, [(text, cut), ...]).
+
+    Every answer has a random stream of its own: neither an interruption nor --batch changes any
+    (up to floating point).
+    """
+    path, left = find_model(args.model), queries[done:]
+    if not left:
+        return
+    device, dtype = pick_device(args.device)
+    tokenizer = Tokenizer(path)
+    strange = next((s for q in left if (s := tokenizer.unspelt(q)) is not None), None)
+    if strange is not None:
+        raise InputError(f"the tokenizer of {args.model} cannot spell {strange!r}")
+    model = load_model(path, device=device, dtype=dtype)
+    if model.config.scalar_head:
+        raise InputError(f"--model {args.model} is a reward model, which cannot write")
+    prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in left]
+    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + args.max_new_tokens > context:
+        raise InputError(f"the longest prompt has {longest} tokens: with {args.max_new_tokens} new "
+                         f"ones it does not fit into the model's context of {context}")
+    random = generator(args.seed, 0, EVALUATE)
+    torch.randint(2**63 - 1, (done * samples,), generator=random)    # what sample() drew for those
+    with tqdm(total=len(queries), initial=done, desc="answering") as bar:
+        for start in range(0, len(left), args.batch):
+            groups = sample(model, prompts[start:start + args.batch], num_samples=samples,
+                            max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                            stop_ids=tokenizer.stop_ids, generator=random)
+            for i, group in enumerate(groups, done + start):
+                yield i, [(text_of(tokenizer, row), not row.stopped) for row in group]
+                bar.update()
 
 
-def smooth(values: list[float], width: int = 9) -> list[float]:
-    """Running mean over `width` steps, fewer at the ends."""
-    half = width // 2
-    return [sum(v := values[max(0, i - half):i + half + 1]) / len(v) for i in range(len(values))]
+def made_by(args, measure: str, queries: list[str], **more) -> dict:
+    """A result file's header: all that its figures depend on, and the command."""
+    path = find_model(args.model).resolve()             # `checkpoint` is a link that moves on
+    return {"measure": measure, "model": str(path), "temperature": args.temperature,
+            "max_new_tokens": args.max_new_tokens, "seed": args.seed,
+            "questions": results.digest(queries)} | more | {"command": command()}
 
 
-# Panel: title, file, entries with their line styles, whether to smooth.
-PANELS = [
-    ("held-out carry accuracy", "eval", {("accuracy", "carry"): "-"}, False),
-    ("held-out no-carry accuracy", "eval", {("accuracy", "none"): "-"}, False),
-    ("held-out reward", "eval", {("reward",): "-"}, False),
-    ("win-rate against the start", "eval", {("win_rate",): "-"}, False),
-    ("malformed share of the queries", "eval", {("challenger", "malformed"): "-"}, False),
-    ("class shares of the queries (none : unit -- tens -. both -)", "eval",
-     {("challenger", name): style for name, style in CLASSES.items()}, False),
-    ("R", "metrics", {("reward",): "-"}, True),
-    ("R_Q", "metrics", {("quality",): "-"}, True),
-    ("KL, nats a sequence (Solver -, Challenger :)", "metrics",
-     {("kl_solver",): "-", ("kl_challenger",): ":"}, True),
-    ("distinct share of the queries", "metrics", {("distinct_queries",): "-"}, True),
-]
+def command() -> str:
+    return shlex.join(["python", "eval.py", *sys.argv[1:]])
 
 
-def plot(folders: list[str], out: str):
-    """Draw every panel that the runs have something for."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    groups = {}
-    for folder in map(Path, folders):
-        run = {kind: read_lines(folder / f"{kind}.jsonl") for kind in ("eval", "metrics")}
-        if not any(run.values()):
-            raise InputError(f"{folder}: no metrics.jsonl or eval.jsonl with anything in it")
-        groups.setdefault(re.sub(r"-\d+$", "", folder.name), []).append(run)
-    everything = [run for runs in groups.values() for run in runs]
-    drawn = [(title, kind, entries, smoothed) for title, kind, entries, smoothed in PANELS
-             if any(series(run[kind], *keys)[0] for run in everything for keys in entries)]
-    columns = min(3, len(drawn))
-    rows = -(-len(drawn) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False)
-    for axis, (title, kind, entries, smoothed) in zip(axes.flat, drawn):
-        for color, (label, runs) in enumerate(groups.items()):
-            for keys, style in entries.items():
-                curves = [series(run[kind], *keys) for run in runs]
-                curves = [(x, smooth(y) if smoothed else y) for x, y in curves if x]
-                for x, y in curves if len(entries) < 3 else []:          # else too many lines
-                    axis.plot(x, y, style, color=f"C{color}", linewidth=0.6, alpha=0.5)
-                tables = [dict(zip(x, y)) for x, y in curves]
-                steps = sorted(set.intersection(*map(set, tables))) if tables else []
-                mean = [sum(table[step] for table in tables) / len(tables) for step in steps]
-                axis.plot(steps, mean, style, color=f"C{color}", linewidth=1.8)
-            axis.plot([], [], color=f"C{color}", label=f"{label} ({len(runs)})")
-        axis.set_title(title, fontsize=9)
-        axis.grid(alpha=0.3)
-        if any(word in title for word in ("accuracy", "share", "win-rate")):
-            axis.set_ylim(-0.03, 1.03)
-    for axis in axes.flat[len(drawn):]:
-        axis.axis("off")
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
-    axes.flat[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-    print(f"{out}: {len(drawn)} panels, {sum(map(len, groups.values()))} runs")
+def generate(args):
+    """One answer an instruction, in AlpacaEval's format."""
+    out = Path(args.out)
+    if out.exists():
+        raise InputError(f"--out {out} exists already; nothing is overwritten: choose another")
+    problems, _ = benchmarks.read_problems("alpaca_eval", args.prompts, args.limit)
+    entries = [problem["problem"] for problem in problems]
+    queries = [problem["query"] for problem in problems]
+    name = args.generator or name_of(args.model)
+    partial = out.with_name(out.name + ".partial")
+    records = results.resume(partial, made_by(args, "outputs", queries, generator=name))
+    for i, [(text, cut)] in answer(args, queries, len(records)):
+        records.append({"item": i, "output": text, "cut": cut})
+        append_line(partial, records[-1])
+    outputs = [{key: entry[key] for key in ("dataset", "instruction") if key in entry}
+               | {"output": record["output"], "generator": name}
+               for entry, record in zip(entries, records)]
+    temporary = out.with_name(out.name + ".tmp")
+    write_json(temporary, outputs)
+    os.replace(temporary, out)
+    partial.unlink()
+    print(f"{out}: {len(outputs)} answers, {sum(r['cut'] for r in records)} of them cut off at "
+          f"{args.max_new_tokens} tokens")
+
+
+# ---------------------------------------------------------------- win-rates
+
+def winrate(args):
+    """The share of instructions on which the first file's answers are preferred to the second's."""
+    if bool(args.annotations) == bool(args.outputs):
+        raise InputError("winrate takes two files of outputs and a --judge, or --annotations FILE")
+    if args.annotations:
+        more, found = {}, judges.read_annotations(args.annotations)
+        total = len(found)
+        values = [value for value, _ in found if value is not None]
+        subsets = [subset for value, subset in found if value is not None]
+    else:
+        more, total, found, subsets = judge(args)
+        values, subsets = list(found.values()), [subsets[key] for key in found]
+    figures = more | results.percent(values, "win_rate") | {"failed": total - len(values)}
+    results.show(figures, values, subsets, "win_rate")
+
+
+def judge(args) -> tuple[dict, int, dict, dict]:
+    """Ask the judge what it has not said yet. Returns who is compared, the number of pairs, and
+    results.item_values() of the verdicts."""
+    if len(args.outputs) != 2 or not args.judge:
+        raise InputError("winrate needs two files of outputs, the measured model's and the "
+                         "baseline's, and a --judge")
+    pairs, names = judges.read_pairs(*args.outputs)
+    remote = args.judge.startswith(("http://", "https://"))
+    if remote and not args.judge_model:
+        raise InputError("--judge URL needs --judge-model NAME, as the server calls it")
+    path = None if remote else find_model(args.judge)
+    scalar = path and parse_config(read_json(path / "config.json"), str(path)).scalar_head
+    file = args.judge_prompt or prompt_file(path or HERE, "preference")
+    prompt = None if scalar else read_prompt(file)
+    header = {"measure": "win-rate", "generator": names[0], "against": names[1],
+              "judge": args.judge_model if remote else name_of(args.judge),
+              "judge_at": args.judge if remote else str(path.resolve()), "prompt": prompt,
+              "questions": results.digest([str(pair) for pair in pairs]), "command": command()}
+    endpoint = remote and judges.Endpoint(args.judge, args.judge_model,
+                                          max_tokens=args.judge_tokens, seconds=args.timeout)
+    name = re.sub(r"[^\w.-]+", "_", f"{names[0]}-against-{names[1]}-{header['judge']}.jsonl")
+    out = Path(args.out) if args.out else Path(args.outputs[0]).with_name(name)
+    done = results.resume(out, header)
+    print(f"verdicts: {out}")
+    write = lambda record: append_line(out, record)
+    device, dtype = pick_device(args.device)
+    if remote:
+        missing = judges.by_endpoint(endpoint, prompt, pairs, done, write, args.concurrency)
+        if missing:
+            print(f"{missing} questions got no reply; the same command asks them again")
+    elif scalar:
+        model = rewards.RewardModel(path, device=device, dtype=dtype)
+        judges.by_reward(model, pairs, done, write, args.batch)
+    else:
+        model = load_model(path, device=device, dtype=dtype)
+        judges.by_llama(model, Tokenizer(path), prompt, pairs, done, write, args.batch)
+    who = {key: header[key] for key in ("generator", "against", "judge")}
+    return who, len(pairs), *results.item_values(header, read_lines(out)[1:])
+
+
+# ---------------------------------------------------------------- benchmarks
+
+def benchmark(args):
+    """Answer a benchmark's problems and say which answers are right."""
+    name, samples = args.name, args.samples
+    if name in benchmarks.CODE and not args.allow_code:
+        raise InputError(f"{name} runs programs that a model wrote: give --allow-code to allow it")
+    if samples > 1 and args.temperature == 0:
+        raise InputError(f"--samples {samples}: greedy answers are all alike: give a --temperature")
+    args.max_new_tokens = args.max_new_tokens or benchmarks.TOKENS[name]
+    problems, prompt = benchmarks.read_problems(name, args.prompts, args.limit)
+    if name in benchmarks.CODE:
+        print(grade.isolation())
+    out, queries = Path(args.out), [problem["query"] for problem in problems]
+    records = results.resume(out, made_by(args, name, queries, samples=samples, prompt=prompt))
+    for i, answers in answer(args, queries, len(records), samples):
+        verdicts = [benchmarks.is_right(name, problems[i], text, cut=cut) for text, cut in answers]
+        records.append({
+            "item": i, "query": queries[i], "subset": problems[i]["subset"],
+            "gold": problems[i]["gold"], "correct": [right for right, _ in verdicts],
+            "reasons": [why for _, why in verdicts], "answers": [text for text, _ in answers],
+            "cut": [cut for _, cut in answers]})
+        append_line(out, records[-1])
+    cut = sum(sum(record["cut"]) for record in records)
+    print(f"{cut} of {samples * len(records)} answers were cut off at {args.max_new_tokens} tokens")
+    reasons = Counter(why for record in records for why in record["reasons"]).most_common()
+    print("answers: " + ", ".join(f"{count} {why}" for why, count in reasons))
+    (measure, values), *others = benchmarks.scores(records, samples).items()
+    figures = {"benchmark": name} | results.percent(values, measure)
+    figures |= {other: 100 * results.mean_error(values)[0] for other, values in others}
+    results.show(figures, values, [record["subset"] for record in records], measure)
+
+
+# ---------------------------------------------------------------- command line
+
+def make_parser() -> Parser:
+    parser = Parser(description="Measure checkpoints, compare them, look at what runs did.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("generate", help="answer AlpacaEval's instructions")
+    two = commands.add_parser("benchmark", help="answer problems that have a right answer")
+    two.add_argument("name", choices=benchmarks.NAMES)
+    for command, temperature in ((one, 0.01), (two, 0.0)):
+        command.add_argument("--model", default="tiny", help="a known name, directory or hub id")
+        command.add_argument("--prompts", required=command is one, help="JSON list or JSON lines")
+        command.add_argument("--out", required=True, help="the file to write")
+        command.add_argument("--temperature", type=float, default=temperature,
+                             help=f"0: greedy (default {temperature})")
+        command.add_argument("--max-new-tokens", type=int, help="longest answer",
+                             default=1024 if command is one else None)
+        command.add_argument("--limit", type=int, help="only the first so many")
+        command.add_argument("--batch", type=int, default=16, help="prompts answered together")
+        command.add_argument("--seed", type=int, default=0)
+    one.add_argument("--generator", help="name in the outputs (default: the model's)")
+    two.add_argument("--samples", type=int, default=1, help="answers a problem, for pass@k")
+    two.add_argument("--allow-code", action="store_true", help="run programs that the model wrote")
+    one.set_defaults(run=generate)
+    two.set_defaults(run=benchmark)
+
+    three = commands.add_parser("winrate", help="how often one model's answers are preferred")
+    three.add_argument("outputs", nargs="*", help="the measured model's, then the baseline's")
+    three.add_argument("--annotations", help="AlpacaEval's annotations, in place of a judge")
+    three.add_argument("--judge", help="a reward model or a Llama (name, directory, hub id), "
+                       f"or the URL of an OpenAI-compatible endpoint (key: {judges.KEY})")
+    three.add_argument("--judge-model", help="the model's name at the URL")
+    three.add_argument("--judge-prompt", help="its file (default: the judge's own or ours)")
+    three.add_argument("--judge-tokens", type=int, default=1024, help="longest reply from the URL")
+    three.add_argument("--timeout", type=float, default=120, help="seconds a reply may take")
+    three.add_argument("--out", help="file of the verdicts (default: beside the first outputs)")
+    three.add_argument("--concurrency", type=int, default=4, help="questions at a time, to a URL")
+    three.add_argument("--batch", type=int, default=16, help="pairs judged together")
+    three.set_defaults(run=winrate)
+    for command in (one, two, three):
+        command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+
+    four = commands.add_parser("compare", help="before and after, with paired intervals")
+    four.add_argument("base", help="a result file, or a folder of them")
+    four.add_argument("runs", nargs="+", help="the same of what is compared with it")
+    four.set_defaults(run=lambda args: results.compare(args.base, args.runs))
+    five = commands.add_parser("plot", help="training curves, or bars of results")
+    five.add_argument("runs", nargs="+", help="run folders; or result files or folders of them")
+    five.add_argument("--out", default="curves.png", help="the picture (png, pdf or svg)")
+    five.set_defaults(run=lambda args: plot.plot(args.runs, args.out))
+    return parser
 
 
 def main():
-    parser = Parser(description="Look at what runs did.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    drawing = commands.add_parser("plot", help="draw training curves")
-    drawing.add_argument("runs", nargs="+", help="run folders")
-    drawing.add_argument("--out", default="curves.png", help="the picture (png, pdf or svg)")
-    args = parser.parse_args()
-    plot(args.runs, args.out)
+    args = make_parser().parse_args()
+    for flag, value in vars(args).items():
+        least = 0 if flag in ("temperature", "seed") else 1
+        if type(value) in (int, float) and not least <= value < float("inf"):
+            raise InputError(f"--{flag.replace('_', '-')} must be at least {least}, found {value}")
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+import eval as eval_script
 import runs
 from settings import Settings
 
@@ -14,6 +15,7 @@ TEXT = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("  #")[0].strip() for line in TEXT.split("\n") if line.startswith("    ")]
 COMMANDS = [part.strip() for line in COMMANDS for part in line.split("&&")]
 TRAIN = [c for c in COMMANDS if c.startswith("python train.py")]
+EVAL = [c for c in COMMANDS if c.startswith("python eval.py")]
 
 
 @pytest.mark.parametrize("command", TRAIN)
@@ -21,6 +23,11 @@ def test_each_training_command_is_made_of_real_flags(command):
     parser = runs.Parser()
     runs.add_flags(parser, Settings)
     parser.parse_args(shlex.split(command)[2:])
+
+
+@pytest.mark.parametrize("command", EVAL)
+def test_each_evaluation_command_is_made_of_real_flags(command):
+    eval_script.make_parser().parse_args(shlex.split(command)[2:])
 
 
 def test_the_commands_of_the_first_minute_run(tmp_path):

@@ -1,0 +1,92 @@
+"""Benchmarks with a right answer: problems, their zero-shot prompts, and who says what is right.
+
+gsm8k and tiny by exact match of numbers, math by normalised equality, humaneval and mbpp by running
+their tests. What the answers to MATH and to programming problems are worth is grade.py's business.
+"""
+import grade
+from chat import fill
+from data import read_entries
+from files import HERE, InputError, read_prompt
+from rewards import last_number
+from tiny import world as tiny_world
+
+# Fields that a problem must have, and new tokens for an answer.
+FIELDS = {
+    "alpaca_eval": ("instruction",),               # nothing is right there: eval.py generate
+    "gsm8k": ("question", "answer"),
+    "math": ("problem", "answer"),
+    "humaneval": ("prompt", "test", "entry_point"),
+    "mbpp": ("prompt", "test_list"),
+}
+TOKENS = {"gsm8k": 512, "math": 1024, "humaneval": 768, "mbpp": 768, "tiny": 5}
+NAMES = tuple(TOKENS)
+CODE = ("humaneval", "mbpp")
+PASS_AT = (1, 5, 10, 100)
+
+
+def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[dict], str | None]:
+    """A benchmark's problems, each with query (what the model is asked), gold, subset and the
+    problem itself; and the prompt that was filled (None in the embedded world, which has none)."""
+    if name == "tiny":
+        queries = tiny_world.held_out_queries()[:limit]
+        return [{"query": q, "gold": str(sum(tiny_world.parse_query(q))),
+                 "subset": tiny_world.classify(q), "problem": None} for q in queries], None
+    if path is None:
+        raise InputError(f"{name} needs --prompts FILE (README.md says where it comes from)")
+    bare = name == "alpaca_eval"
+    prompt = "{problem}" if bare else read_prompt(HERE / "prompts" / f"{name}.txt")
+    problems = []
+    for where, entry in read_entries(path)[:limit]:
+        missing = [key for key in FIELDS[name] if not isinstance(entry, dict)
+                   or not is_text(entry.get(key), listed=key == "test_list")]
+        if missing:
+            raise InputError(f"{path}, {where}: no text in {', '.join(missing)}: not {name}")
+        if name == "gsm8k" and last_number(entry["answer"]) is None:
+            raise InputError(f"{path}, {where}: no number in answer: not {name}")
+        query = fill(prompt, problem=entry[FIELDS[name][0]],
+                     tests="\n".join(entry.get("test_list", [])))
+        problems.append({"query": query, "gold": entry.get("answer"), "problem": entry,
+                         "subset": entry.get("subject")})
+    if not problems:
+        raise InputError(f"{path}: no problems in it")
+    return problems, prompt
+
+
+def is_text(value, *, listed: bool) -> bool:
+    """Whether a field holds a text, or where `listed` a list of some."""
+    if listed:
+        return isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
+    return isinstance(value, str)
+
+
+def is_right(name: str, problem: dict, answer: str, *, cut: bool) -> tuple[bool, str]:
+    """Whether an answer is right, and a word on why. cut: the token limit ended the answer.
+
+    A number that was cut off is no answer ("#### 4" may be half of 42). What came before the cut
+    may hold a whole \\boxed{} or a whole program, and that counts.
+    """
+    if name in ("gsm8k", "tiny"):
+        if cut:
+            return False, "cut off"
+        if name == "tiny":
+            right = tiny_world.correct(problem["query"], answer)
+        else:
+            number = last_number(answer)
+            right = number is not None and number == last_number(problem["gold"])
+        return right, "equal" if right else "not equal"
+    if name == "math":
+        said = grade.boxed(answer)
+        if said is None:
+            return False, "nothing boxed"
+        right = grade.same_answer(said, problem["gold"])
+        return right, "equal" if right else "not equal"
+    program = getattr(grade, f"{name}_program")(problem["problem"], answer)
+    return grade.run_program(program)
+
+
+def scores(records: list[dict], samples: int) -> dict[str, list[float]]:
+    """{"accuracy": a value an item}; with several samples pass@1, pass@5, ..., unbiased."""
+    if samples == 1:
+        return {"accuracy": [float(record["correct"][0]) for record in records]}
+    return {f"pass@{k}": [grade.pass_at_k(samples, sum(record["correct"]), k) for record in records]
+            for k in sorted({k for k in PASS_AT if k <= samples} | {samples})}

@@ -1,0 +1,597 @@
+"""Grading: MATH answers against a table, boxes, programs in chat answers, and hostile programs."""
+import contextlib
+import itertools
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import grade
+from files import InputError
+
+# Gold answers of MATH-500 (60 of them, of which these are the telling ones) beside rewritings that
+# a model may give: facts of the benchmark, written down before the normaliser was.
+EQUAL = [
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"\left(3, \dfrac{\pi}{2}\right)"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"$(3,\ \frac\pi2)$"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"\bigl(3, \tfrac{\pi}{2}\bigr)"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)"),
+    (r"p - q", r"p-q"),
+    (r"p - q", r"p \,-\, q"),
+    (r"\frac{14}{3}", r"14/3"),
+    (r"\frac{14}{3}", r"\dfrac{14}{3}"),
+    (r"\frac{14}{3}", r"\tfrac{14}3"),
+    (r"\frac{14}{3}", r"\frac {14} {3}"),
+    (r"\frac{14}{3}", r"\frac{14}{3}."),
+    (r"\frac{14}{3}", r"4\frac{2}{3}"),
+    (r"9", r"9.0"),
+    (r"9", r"$9$"),
+    (r"9", r"9 \text{ inches}"),
+    (r"9", r"9\,\mathrm{cm}^2"),
+    (r"9", r"9 \mbox{ cm}"),
+    (r"9", r"9 square units"),
+    (r"9", r"x = 9"),
+    (r"\text{Evelyn}", r"Evelyn"),
+    (r"\text{Evelyn}", r"\textbf{Evelyn}"),
+    (r"\text{Evelyn}", r"\mathrm{ Evelyn }"),
+    (r"\text{Evelyn}", r"evelyn."),
+    (r"42", r"42."),
+    (r"42", r"\$42"),
+    (r"42", r"42\%"),
+    (r"42", r"42 \%"),
+    (r"90^\circ", r"90"),
+    (r"90^\circ", r"90^{\circ}"),
+    (r"90^\circ", r"90\degree"),
+    (r"90^\circ", "90\N{DEGREE SIGN}"),
+    (r"90^\circ", r"90 \text{ degrees}"),
+    (r"90^\circ", r"90 degrees"),
+    (r"3\sqrt{13}", r"3 \sqrt{13}"),
+    (r"3\sqrt{13}", r"3\cdot\sqrt{13}"),
+    (r"2220", r"2,220"),
+    (r"2220", r"2{,}220"),
+    (r"2220", r"2,\!220"),
+    (r"2220", r"\$2,220.00"),
+    (r"\frac{3}{56}", r"3/56"),
+    (r"\frac{3}{56}", r"\frac{3}{56}\text{ of the total}"),
+    (r"\sqrt{51}", r"\sqrt {51}"),
+    (r"6 - 5i", r"6-5i"),
+    (r"6 - 5i", r"z = 6 - 5i"),
+    (r"-50", "\N{MINUS SIGN}50"),
+    (r"-50", r"- 50"),
+    (r"\pi", "\N{GREEK SMALL LETTER PI}"),
+    (r"13535", r"13,535"),
+    (r"x=5", r"5"),
+    (r"x=5", r"x = 5"),
+    (r"1,-2", r"1, -2"),
+    (r"1,-2", r"1 \text{ and } -2"),
+    (r"1,-2", r"1 or -2"),
+    (r"52_8", r"52_{8}"),
+    (r"11\sqrt2", r"11\sqrt{2}"),
+    (r"\frac{243}{625}", r"0.3888"),
+    (r"\frac{243}{625}", r"\frac{243}{625} \approx 0.3888"),
+    (r"-125", r"-125.0"),
+    (r"3, 5, 7", r"3,5,7"),
+    (r"2000", r"2{,}000 \text{ miles}"),
+    (r"70 \sqrt{2}", r"70\sqrt2"),
+    (r"1.25", r"\frac{5}{4}"),
+    (r"1.25", r"1\frac14"),
+    (r"1.25", r"\$1.25"),
+    (r"\frac{3}{2}", r"1.5"),
+    (r"\frac{3}{2}", r"\frac32"),
+    (r"x^5 - x^4 + x^3 - x^2 + x - 1", r"x^{5}-x^{4}+x^{3}-x^{2}+x-1"),
+    (r"-\frac{\pi}{6}", r"\frac{-\pi}{6}"),
+    (r"-\frac{\pi}{6}", r"-\pi/6"),
+    (r"-\frac{\pi}{6}", r"-\dfrac{\pi}{6}"),
+    (r"0.15", r".15"),
+    (r"0.15", r"0.150"),
+    (r"0.15", r"\frac{3}{20}"),
+]
+UNEQUAL = [
+    (r"\left( 3, \frac{\pi}{2} \right)", r"\left( \frac{\pi}{2}, 3 \right)"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"\left[ 3, \frac{\pi}{2} \right]"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"3, \frac{\pi}{2}"),
+    (r"p - q", r"q - p"),
+    (r"p - q", r"p + q"),
+    (r"\frac{14}{3}", r"4.67"),
+    (r"\frac{14}{3}", r"4.6667"),
+    (r"\frac{14}{3}", r"\frac{28}{6}"),            # both of the benchmark's graders want it reduced
+    (r"\frac{14}{3}", r"\frac{3}{14}"),
+    (r"\frac{14}{3}", r"\frac143"),                # LaTeX reads a quarter, and a 3
+    (r"\frac{14}{3}", r"-\frac{14}{3}"),
+    (r"9", r"9.01"),
+    (r"9", r"90"),
+    (r"9", r"-9"),
+    (r"9", r""),
+    (r"9", r"\text{}"),
+    (r"\text{Evelyn}", r"\text{Eve}"),
+    (r"42", r"0.42"),
+    (r"90^\circ", r"9^\circ"),
+    (r"90^\circ", r"90^2"),
+    (r"3\sqrt{13}", r"\sqrt{13}"),
+    (r"3\sqrt{13}", r"3\sqrt{1}3"),
+    (r"3\sqrt{13}", r"\sqrt[3]{13}"),
+    (r"2220", r"222"),
+    (r"2220", r"2,22"),
+    (r"6 - 5i", r"6 + 5i"),
+    (r"\pi", r"3.14"),
+    (r"\pi", r"2\pi"),
+    (r"x=5", r"x=-5"),
+    (r"1,-2", r"-2,1"),                            # order counts: both graders compare in order
+    (r"1,-2", r"1"),
+    (r"1,-2", r"(1,-2)"),
+    (r"52_8", r"52"),
+    (r"52_8", r"52_{10}"),
+    (r"11\sqrt2", r"11\sqrt{22}"),
+    (r"\frac{243}{625}", r"0.389"),
+    (r"3, 5, 7", r"3, 5"),
+    (r"3, 5, 7", r"357"),
+    (r"1.25", r"125"),
+    (r"1.25", r"1\frac{1}{5}"),
+    (r"\frac{3}{2}", r"\frac{6}{4}"),
+    (r"x^5 - x^4 + x^3 - x^2 + x - 1", r"x^5 - x^4 + x^3 - x^2 + x + 1"),
+    (r"-\frac{\pi}{6}", r"\frac{\pi}{6}"),
+    (r"0.15", r"15"),
+    (r"0.15", r"15\%"),
+    (r"0.15", r"1.5"),
+]
+# Forms that the benchmark has and those 60 have not.
+FORMS_EQUAL = [
+    (r"0.5", r"\frac12"),
+    (r"\begin{pmatrix} 1 & \frac12 \\ 3 & 4 \end{pmatrix}",
+     r"\begin{pmatrix}1&\dfrac{1}{2}\\3&4\end{pmatrix}"),
+    (r"\left[0, \infty\right)", "[0,\N{INFINITY})"),
+    (r"(-\infty, 3] \cup [5, \infty)", r"\left(-\infty,3\right]\cup\left[5,\infty\right)"),
+    (r"\text{(A)}", r"A"),
+    (r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt3}2"),
+    (r"x^{12}", r"x^12"),
+    (r"x \in [-2,7]", r"[-2,7]"),
+    (r"\{1, 2\}", r"\left\{1,2\right\}"),
+    (r"10\text{ cm}^2", r"10 cm^2"),
+    (r"3 \text{ and } 4", r"3, 4"),
+    (r"6:30 \text{ PM}", r"6:30 pm"),
+]
+FORMS_UNEQUAL = [
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+     r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+     r"\begin{pmatrix} 1 & 2 & 3 & 4 \end{pmatrix}"),
+    (r"[0, 1)", r"(0, 1)"),
+    (r"[0, 1)", r"[0, 1]"),
+    (r"(1, 2)", r"(2, 1)"),
+    (r"\text{even}", r"\text{odd}"),
+    (r"6:30 \text{ PM}", r"6:30 \text{ AM}"),
+    (r"x", r"X"),
+    (r"(1,234)", r"1234"),
+    (r"\{1, 2\}", r"(1, 2)"),
+]
+
+
+@pytest.mark.parametrize("gold, answer", EQUAL + FORMS_EQUAL)
+def test_rewritings_of_a_gold_answer_equal_it(gold, answer):
+    assert grade.same_answer(gold, answer) and grade.same_answer(answer, gold)
+
+
+@pytest.mark.parametrize("gold, answer", UNEQUAL + FORMS_UNEQUAL)
+def test_other_answers_do_not_equal_the_gold_one(gold, answer):
+    assert not grade.same_answer(gold, answer) and not grade.same_answer(answer, gold)
+
+
+def test_a_box_holds_nested_braces_and_the_last_whole_one_counts():
+    assert grade.boxed(r"so \boxed{1}, no: $\boxed{\frac{1}{\sqrt{2}}}$.") == r"\frac{1}{\sqrt{2}}"
+    assert grade.boxed(r"\boxed{\left\{ 1, 2 \right\}}") == r"\left\{ 1, 2 \right\}"
+    assert grade.boxed(r"\boxed {\text{a{b}c}} and \boxed{cut \frac{1}{2") == r"\text{a{b}c}"
+    assert grade.boxed(r"} \boxed{ 7 } }") == "7"
+    assert grade.boxed("42") is None and grade.boxed(r"\boxed{4") is None
+
+
+HOSTILE_TEXTS = [
+    "", "{", "}", "\\", "\\\\", "^", r"\frac", r"\frac{", r"\frac{1}{0}", r"1\frac{1}{0}", "1/0",
+    "\ud800", "\x00", r"\text{", "=" * 5, "." * 5, r"\sqrt", "x=", "_", "0." + "1" * 30, "9" * 5000,
+    "\N{ARABIC-INDIC DIGIT ONE}.\N{ARABIC-INDIC DIGIT TWO}", r"^{\circ", "-", ",", " or ", "(A",
+    "1,000,"]
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+def test_the_normal_form_of_anything_is_a_string(text):
+    assert isinstance(grade.normal_form(text), str)
+    assert grade.same_answer(text, text) == (grade.normal_form(text) != "")
+
+
+@pytest.mark.parametrize("piece", [
+    "{", "}", "9", " ", ",", "1,000", "1,", "(", "a", r"\frac", r"\frac{", r"\text{", r"\text{a}",
+    "\\", "0.0", "1/a+", "ab ", "~~~\n", "```",
+    r"\boxed{", r"\boxed", "^", "^{", "0.", "/", "a/", "1/", "x=", r"\in", r"\approx", "$", " cm",
+    r"\ ", "- ", "```\n", "~", "`", "\n \t"])
+def test_long_hostile_texts_are_read_in_about_linear_time(piece):
+    text = piece * (50_000 // len(piece))                # quadratic time would be half a minute
+    started = time.process_time()
+    for read in (grade.normal_form, grade.boxed, grade.code_of):
+        read(text)
+        read("5" + text + "5")
+    assert time.process_time() - started < 1
+
+
+def test_normal_forms_are_their_own_normal_form():
+    for pair in EQUAL + UNEQUAL + FORMS_EQUAL + FORMS_UNEQUAL:
+        for answer in pair:
+            form = grade.normal_form(answer)
+            assert grade.normal_form(form) == form
+
+
+@pytest.mark.parametrize("n, c, k", [(1, 1, 1), (5, 0, 1), (5, 2, 1), (5, 2, 3), (6, 1, 4)])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_right_answer(n, c, k):
+    answers = [i < c for i in range(n)]
+    draws = [any(draw) for draw in itertools.combinations(answers, k)]
+    assert grade.pass_at_k(n, c, k) == pytest.approx(sum(draws) / len(draws), abs=1e-12)
+
+
+@pytest.mark.parametrize("n, c, k", [(5, 6, 1), (5, 2, 6), (5, 2, 0), (5, -1, 1)])
+def test_pass_at_k_refuses_what_cannot_be_drawn(n, c, k):
+    with pytest.raises(ValueError, match=f"pass@{k} from {n}"):
+        grade.pass_at_k(n, c, k)
+
+
+# ---------------------------------------------------------------- programs in chat answers
+
+# Our own problems in the layout of the two data sets.
+HUMANEVAL = {
+    "task_id": "Own/0", "entry_point": "area_sum",
+    "prompt": "from math import pi\n\n\ndef area(r: float) -> float:\n    return pi * r * r\n\n\n"
+              "def area_sum(radii: list) -> float:\n    \"\"\" The circles' areas, rounded.\n"
+              "    >>> area_sum([1])\n    3\n    \"\"\"\n",
+    "canonical_solution": "    return round(sum(area(r) for r in radii))\n",
+    "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([1]) == 3\n"
+            "    assert candidate([1, 2]) == 16\n    assert candidate([]) == 0\n",
+}
+MBPP = {
+    "task_id": 1, "prompt": "Write a function to turn a word around.",
+    "code": "def turn(word):\n  return word[::-1]", "test_imports": ["import math"],
+    "test_list": ["assert turn('abc') == 'cba'", "assert turn('') == ''",
+                  "assert turn('xy' * 2) == 'yx' * math.floor(2.5)"],
+}
+WHOLE = "def area_sum(radii):\n    return round(sum(area(r) for r in radii))\n"
+
+
+@pytest.mark.parametrize("answer", [
+    HUMANEVAL["canonical_solution"],
+    HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"],
+    WHOLE,
+    f"Sure.\n\n```python\n{WHOLE}```\nFor instance:\n```python\nprint(area_sum([1]))\n```\nDone.",
+    f"First try:\n```\ndef area_sum(radii):\n    return 0\n```\nBetter:\n~~~py\n{WHOLE}~~~",
+    f"```python\nfrom __future__ import annotations\n{WHOLE}```",
+    f"```python\n{WHOLE}\nif __name__ == '__main__':\n    print(input())\n```",
+    "1. So:\n   ```python\n" + textwrap.indent(WHOLE, "   ") + "   ```",
+    f"```python\n{WHOLE}```\nTest:\n```python\ndef test_it():\n    assert area_sum([]) == 0\n```",
+    "```python\n" + HUMANEVAL["canonical_solution"] + "```",
+    f"```python\n{WHOLE}",                                                  # never closed
+])
+def test_a_right_answer_passes_however_it_is_wrapped(answer):
+    assert grade.run_program(grade.humaneval_program(HUMANEVAL, answer)) == (True, "passed")
+
+
+@pytest.mark.parametrize("answer, reason", [
+    ("    return None\n", "failed"), (WHOLE.replace("in radii", "in radii[:1]"), "failed"),
+    ("", "failed"), ("I cannot do that.", "error"), ("```python\ndef area_sum(:\n```", "error"),
+    ("    raise SystemExit(0)\n", "ended")])
+def test_a_wrong_answer_fails(answer, reason):
+    assert grade.run_program(grade.humaneval_program(HUMANEVAL, answer)) == (False, reason)
+
+
+def test_mbpp_answers_meet_each_of_their_tests():
+    assert grade.run_program(grade.mbpp_program(MBPP, MBPP["code"])) == (True, "passed")
+    for number, test in enumerate(MBPP["test_list"]):
+        wrong = {**MBPP, "test_list": [*MBPP["test_list"]]}
+        wrong["test_list"][number] = test.replace("==", "!=")
+        assert grade.run_program(grade.mbpp_program(wrong, MBPP["code"])) == (False, "failed")
+    setup = {"task_id": 2, "test_list": ["assert turn(W) == 'ba'"], "test_setup_code": "W = 'ab'"}
+    assert grade.run_program(grade.mbpp_program(setup, MBPP["code"])) == (True, "passed")
+
+
+@pytest.mark.parametrize("problem, line", [
+    (HUMANEVAL, "1 of 1 reference solutions pass"), (MBPP, "1 of 1 reference solutions pass"),
+    (MBPP | {"code": "def turn(word): return None"}, "1: failed\n0 of 1 reference solutions pass")])
+def test_the_reference_solutions_of_a_file_are_run(problem, line, tmp_path, monkeypatch, capsys):
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    monkeypatch.setattr(sys, "argv", ["grade.py", str(tmp_path / "problems.jsonl")])
+    grade.main()
+    assert capsys.readouterr().out == f"{grade.isolation()}\n{line}\n"
+
+
+def test_a_file_of_something_else_is_refused_in_a_line(tmp_path, monkeypatch):
+    (tmp_path / "problems.json").write_text('[{"question": "1 + 1?"}]')
+    monkeypatch.setattr(sys, "argv", ["grade.py", str(tmp_path / "problems.json")])
+    with pytest.raises(InputError, match="problems.json, entry 1: neither"):
+        grade.main()
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math", "humaneval", "mbpp"])
+def test_a_benchmarks_prompt_holds_the_problem_and_nothing_else_to_fill(name):
+    names = re.findall(r"\{(\w+)\}", (ROOT / "prompts" / f"{name}.txt").read_text())
+    assert names == ["problem", "tests"][:1 + (name == "mbpp")]
+
+
+# ---------------------------------------------------------------- hostile programs
+
+def leftovers() -> list[str]:
+    """Processes of this test's sandbox.py that are alive."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [file.parent.name] if grade.SANDBOX.encode() in file.read_bytes() else []
+    return found
+
+
+@pytest.fixture
+def namespaces():
+    """Only where programs can have namespaces of their own."""
+    if grade.containment() != "namespaces":
+        pytest.skip("no namespaces here: " + grade.isolation())
+
+
+KINDS = [grade.containment(), *({"limits"} - {grade.containment()})]
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    """Scratch folders in a place of this test; after it they are gone, and so is every process."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    named = tmp_path / "sandbox.py"
+    named.symlink_to(grade.SANDBOX)                # a name of its own: tests may run side by side
+    monkeypatch.setattr(grade, "SANDBOX", str(named))
+    yield folder
+    assert list(folder.iterdir()) == [] and leftovers() == []
+
+
+def end(program: str, kind: str, seconds: float = 10) -> str:
+    return grade.run_contained(textwrap.dedent(program), kind, seconds)
+
+
+# What each does, and how it may end. None of them may pass.
+HOSTILE = {
+    "loops for ever": ("while True: pass", {"timeout"}),
+    "sleeps for ever": ("import time\ntime.sleep(1e6)", {"timeout"}),
+    "ignores every signal it can": ("""
+        import signal
+        for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(number, signal.SIG_IGN)
+        while True: pass""", {"timeout"}),
+    "stops itself": ("import os, signal, time\nos.kill(os.getpid(), signal.SIGSTOP)\n"
+                     "time.sleep(60)", {"timeout"}),
+    "swallows every exception": ("""
+        while True:
+            try: raise SystemExit
+            except BaseException: pass""", {"timeout"}),
+    "eats memory": ("hoard = bytearray(1 << 30)", {"memory"}),
+    "eats memory in small bites": ("hoard = [1]\nwhile True: hoard += [[n] for n in hoard]",
+                                   {"memory", "timeout"}),
+    "asks for one huge number": ("x = 7 ** 7 ** 9\nassert x", {"timeout", "memory"}),
+    "writes a huge file": ("with open('big', 'wb') as f:\n    while True: f.write(bytes(1 << 20))",
+                           {"error"}),
+    "prints without end": ("while True: print('x' * 1_000_000)", {"timeout"}),
+    "opens many files": ("all = [open('/dev/null') for _ in range(40)]", {"error"}),
+    "recurses without end": ("def f(): return f()\nf()", {"error"}),
+    "lifts the recursion limit": ("""
+        import sys
+        sys.setrecursionlimit(10 ** 9)
+        class A:
+            def __getattr__(self, name): return getattr(self, name + "x")
+        A().a""", {"ended", "memory", "timeout"}),
+    "crashes the interpreter": ("import ctypes\nctypes.string_at(0)", {"ended"}),
+    "waits for input": ("input()", {"error"}),
+    "exits as if all were well": ("import sys\nsys.exit(0)", {"ended"}),
+    "leaves as if all were well": ("import os\nos._exit(0)", {"ended"}),
+    "leaves when a test is about to fail": ("""
+        import os
+        class Answer:
+            def __eq__(self, other): os._exit(0)
+        assert Answer() == 1""", {"ended"}),
+    "says that it passed": ("""
+        import os, sys
+        for stream in (sys.stdout, sys.stderr): print("passed", file=stream, flush=True)
+        for number in range(64):
+            try: os.write(number, b"passed")
+            except OSError: pass
+        os._exit(0)""", {"ended"}),
+    "says so when it exits": ("import atexit, os\natexit.register(os.write, 3, b'passed')\n"
+                              "assert False", {"failed"}),
+    "patches what the child needs": ("""
+        import builtins, os, sys
+        os._exit = sys.exit = lambda code=0: None
+        os.write = lambda number, word: len(word)
+        builtins.exec = builtins.compile = lambda *a: None
+        builtins.AssertionError = builtins.Exception = builtins.MemoryError = ZeroDivisionError
+        sys.excepthook = lambda *a: None
+        assert False""", {"ended"}),
+    "closes every file": ("import os\nos.closerange(0, 1000)", {"ended"}),
+    "kills its process group": ("import os\nos.killpg(0, 9)\nassert False", {"ended", "failed"}),
+    "forks, and the parent leaves": ("""
+        import os, time
+        if os.fork(): os._exit(0)
+        time.sleep(60)""", {"ended"}),
+    "leaves a daemon in a session of its own": ("""
+        import os, time
+        for _ in range(2):
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0: time.sleep(600)
+                os._exit(0)
+        time.sleep(.1)
+        assert False""", {"failed"}),
+    "imports this project": ("import sandbox", {"error"}),
+}
+# Contained by namespaces alone.
+NAMESPACES = {
+    "forks without end": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+                          {"timeout"}),
+    "starts threads without end": ("""
+        import threading, time
+        while True: threading.Thread(target=time.sleep, args=(60,)).start()""", {"error"}),
+    "kills all that it may": ("import os\nassert os.getpid() == 1\nos.kill(-1, 9)\nassert False",
+                              {"error", "failed"}),
+    "kills its parent": ("import os\nassert os.getpid() == 1\nos.kill(os.getppid(), 9)\n"
+                         "assert False", {"failed"}),
+    "fills its scratch folder": ("""
+        for number in range(100):
+            with open(str(number), "wb") as f: f.write(bytes(1 << 20))""", {"error"}),
+    "reads other people's files": ("open('/etc/passwd').read()", {"error"}),
+    "writes over the libraries": ("import os\nopen(os.__file__, 'a').write('x')", {"error"}),
+    "follows a link out": ("import os\nos.symlink('/etc', 'x')\nos.listdir('x')", {"error"}),
+    "mounts": ("""
+        import ctypes
+        libc = ctypes.CDLL(None)
+        assert not libc.mount(None, b"/", None, 32, None) or not libc.umount2(b"/usr/lib", 2)""",
+               {"failed"}),
+}
+
+
+@pytest.mark.parametrize("name", NAMESPACES)
+def test_a_hostile_program_is_contained_by_namespaces_and_does_not_pass(name, namespaces):
+    program, reasons = NAMESPACES[name]
+    assert end(program, "namespaces", 0.2 if "timeout" in reasons else 10) in reasons
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_is_contained_and_does_not_pass(name, kind):
+    program, reasons = HOSTILE[name]
+    assert end(program, kind, 0.2 if "timeout" in reasons else 10) in reasons
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cpu_limit_holds_long_before_the_wall_time(kind):
+    started = time.monotonic()
+    assert grade.run_contained("while True: pass", kind, 1, patience=60) == "timeout"
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_passes_leaves_at_once_whatever_it_left_running(kind):
+    assert end("""
+        import atexit, os, threading, time
+        if os.getpid() == 1: threading.Thread(target=time.sleep, args=(60,)).start()
+        atexit.register(time.sleep, 60)""", kind) == "passed"
+
+
+def test_processes_are_counted_and_there_are_enough(namespaces):
+    assert end("""
+        import os, time
+        children = 0
+        try:
+            while True:
+                if os.fork() == 0: time.sleep(60)
+                children += 1
+        except BlockingIOError: pass
+        assert 0 < children < 8""", "namespaces") == "passed"
+    assert end("len(bytearray(100 << 20))", "namespaces") == "passed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_the_environment_or_the_open_files_is_inherited(kind, monkeypatch, tmp_path):
+    monkeypatch.setenv("SECRET_KEY", "s3cret")
+    with open(tmp_path / "private", "w") as file:
+        os.set_inheritable(file.fileno(), True)
+        assert end("""
+            import os
+            assert dict(os.environ) == {} and os.getenv("SECRET_KEY") is None
+            if os.path.exists("/proc"):
+                assert b"s3cret" not in open("/proc/self/environ", "rb").read()
+            for number in range(4, 100):
+                try: os.fstat(number)
+                except OSError: continue
+                assert False, number""", kind) == "passed"
+
+
+def test_no_secret_of_another_process_is_in_sight(monkeypatch, namespaces):
+    monkeypatch.setenv("SECRET_KEY", "s3cret")               # /proc/PID/environ of this process
+    assert end("import os\nassert not os.path.exists('/proc')", "namespaces") == "passed"
+
+
+def test_the_home_folder_stays_as_it_was(namespaces):
+    file = Path.home() / f".grade-test-{os.getpid()}"
+    for name in (str(file), f"~/{file.name}"):
+        program = f"import os\nopen(os.path.expanduser({name!r}), 'w').close()"
+        assert end(program, "namespaces") == "error" and not file.exists()
+
+
+def test_there_is_no_network(namespaces):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        place = ("127.0.0.1", server.getsockname()[1])
+        program = f"import socket\nsocket.create_connection({place!r}, 1)"
+        assert end(program, "namespaces") == "error"
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_links_and_closed_folders_in_the_scratch_folder_harm_nobody(tmp_path):
+    treasure = tmp_path / "treasure"
+    treasure.mkdir()
+    (treasure / "gold").write_text("kept")
+    treasure.chmod(0o500)
+    assert end(f"""
+        import os
+        os.makedirs("deep/closed")
+        for folder in (".", "deep", "deep/closed"):
+            os.symlink({str(treasure)!r}, folder + "/link")
+            os.symlink({str(treasure / "gold")!r}, folder + "/gold")
+        os.chmod("deep/closed", 0)
+        os.chmod(".", 0)""", "limits") == "passed"
+    assert (treasure / "gold").read_text() == "kept" and treasure.stat().st_mode & 0o777 == 0o500
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_outlives_a_run_that_is_killed(kind, scratch):
+    command = [sys.executable, "-s", "-S", grade.SANDBOX, kind, "60", "60"]
+    run = subprocess.Popen([sys.executable, "-S", "-c", f"import subprocess, time\n"
+                            f"p = subprocess.Popen({command!r}, stdin=subprocess.PIPE,"
+                            f" cwd={str(scratch)!r}, start_new_session=True)\n"
+                            "p.communicate(b'import time; time.sleep(600)')"])
+    wait_until(lambda: len(leftovers()) >= 3)                # the run, the keeper, the program
+    run.kill()
+    run.wait()
+    wait_until(lambda: leftovers() == [])
+
+
+def wait_until(true):
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_isolation_says_in_a_line_which_containment_runs(monkeypatch):
+    assert grade.isolation().count("\n") == 0
+    for kind, words in (("namespaces", "without network"), ("limits", "accidents, not attackers")):
+        monkeypatch.setattr(grade, "containment", lambda kind=kind: kind)
+        assert words in grade.isolation()
+
+
+def test_where_no_program_can_run_it_is_said_in_words(monkeypatch):
+    monkeypatch.setattr(grade, "SANDBOX", "/nowhere/sandbox.py")
+    with pytest.raises(InputError, match="cannot be run here"):
+        grade.containment.__wrapped__()
+
+
+def test_without_namespaces_the_next_best_is_chosen(monkeypatch):
+    monkeypatch.setattr(grade, "run_contained", lambda program, kind, seconds:
+                        "passed" if kind == "limits" else "sandbox")
+    assert grade.containment.__wrapped__() == "limits"
+
+
+@pytest.mark.parametrize("program", [
+    "class Same:\n    def __eq__(self, other): return True\nassert Same() == 'right'",
+    "import os, sys\nos.write(3, sys._getframe(1).f_locals['token'].encode())\nos._exit(0)"])
+def test_what_the_child_cannot_tell_from_passing_is_as_its_docstring_says(program):
+    assert grade.run_program(program) == (True, "passed")
