@@ -490,7 +490,7 @@ def test_processes_are_counted_and_there_are_enough(namespaces):
         import os, time
         children = 0
         try:
-            while True:
+            for _ in range(100):
                 if os.fork() == 0: time.sleep(60)
                 children += 1
         except BlockingIOError: pass
@@ -514,8 +514,8 @@ def test_nothing_of_the_environment_or_the_open_files_is_inherited(kind, monkeyp
                 assert False, number""", kind) == "passed"
 
 
-def test_no_secret_of_another_process_is_in_sight(monkeypatch, namespaces):
-    monkeypatch.setenv("SECRET_KEY", "s3cret")               # /proc/PID/environ of this process
+def test_the_environment_of_other_processes_is_out_of_sight(namespaces):
+    assert Path(f"/proc/{os.getpid()}/environ").exists()
     assert end("import os\nassert not os.path.exists('/proc')", "namespaces") == "passed"
 
 
@@ -554,6 +554,8 @@ def test_links_and_closed_folders_in_the_scratch_folder_harm_nobody(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_outlives_a_run_that_is_killed(kind, scratch):
+    if not Path("/proc").exists():
+        pytest.skip("the death of a parent is a signal on Linux alone")
     command = [sys.executable, "-s", "-S", grade.SANDBOX, kind, "60", "60"]
     run = subprocess.Popen([sys.executable, "-S", "-c", f"import subprocess, time\n"
                             f"p = subprocess.Popen({command!r}, stdin=subprocess.PIPE,"
