@@ -358,7 +358,8 @@ def end(program: str, kind: str, seconds: float = 10) -> str:
     return grade.run_contained(textwrap.dedent(program), kind, seconds)
 
 
-# What each does, and how it may end. None of them may pass.
+# What each does, and how it may end. None of them may pass. (A fork is an error where the limit of
+# processes counts all of a user's.)
 HOSTILE = {
     "loops for ever": ("while True: pass", {"timeout"}),
     "sleeps for ever": ("import time\ntime.sleep(1e6)", {"timeout"}),
@@ -419,7 +420,7 @@ HOSTILE = {
     "forks, and the parent leaves": ("""
         import os, time
         if os.fork(): os._exit(0)
-        time.sleep(60)""", {"ended"}),
+        time.sleep(60)""", {"ended", "error"}),
     "leaves a daemon in a session of its own": ("""
         import os, time
         for _ in range(2):
@@ -428,7 +429,7 @@ HOSTILE = {
                 if os.fork() == 0: time.sleep(600)
                 os._exit(0)
         time.sleep(.1)
-        assert False""", {"failed"}),
+        assert False""", {"failed", "error"}),
     "imports this project": ("import sandbox", {"error"}),
 }
 # Contained by namespaces alone.
@@ -489,7 +490,7 @@ def test_processes_are_counted_and_there_are_enough(namespaces):
         import os, time
         children = 0
         try:
-            while True:
+            for _ in range(100):
                 if os.fork() == 0: time.sleep(60)
                 children += 1
         except BlockingIOError: pass
@@ -513,8 +514,8 @@ def test_nothing_of_the_environment_or_the_open_files_is_inherited(kind, monkeyp
                 assert False, number""", kind) == "passed"
 
 
-def test_no_secret_of_another_process_is_in_sight(monkeypatch, namespaces):
-    monkeypatch.setenv("SECRET_KEY", "s3cret")               # /proc/PID/environ of this process
+def test_the_environment_of_other_processes_is_out_of_sight(namespaces):
+    assert Path(f"/proc/{os.getpid()}/environ").exists()
     assert end("import os\nassert not os.path.exists('/proc')", "namespaces") == "passed"
 
 
@@ -553,6 +554,8 @@ def test_links_and_closed_folders_in_the_scratch_folder_harm_nobody(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_outlives_a_run_that_is_killed(kind, scratch):
+    if not Path("/proc").exists():
+        pytest.skip("the death of a parent is a signal on Linux alone")
     command = [sys.executable, "-s", "-S", grade.SANDBOX, kind, "60", "60"]
     run = subprocess.Popen([sys.executable, "-S", "-c", f"import subprocess, time\n"
                             f"p = subprocess.Popen({command!r}, stdin=subprocess.PIPE,"
