@@ -53,9 +53,9 @@ def ask(request: list) -> list | str:
     global child
     if child is None or child.poll() is not None:
         # A session of its own: Ctrl-C is for us. It ends with us, when its input does.
-        child = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                 start_new_session=True)
+        child = subprocess.Popen(
+            [sys.executable, __file__, str(SECONDS)], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     reply = ""
     with contextlib.suppress(BrokenPipeError):
         child.stdin.write(json.dumps(request) + "\n")
@@ -110,11 +110,11 @@ def answer(request: list) -> list | str:
     return texts
 
 
-def serve():
+def serve(seconds: float):
     with contextlib.suppress(ValueError, OSError):           # macOS knows no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)        # then SIGPROF ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)        # then SIGPROF ends the process
         try:
             reply = json.dumps(answer(json.loads(line)))
         except MemoryError:
@@ -126,4 +126,4 @@ def serve():
 
 
 if __name__ == "__main__":
-    serve()
+    serve(float(sys.argv[1]))

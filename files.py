@@ -28,7 +28,8 @@ class InputError(Exception):
 
     def __str__(self):
         """One line whatever a file or a flag held: what does not print is spelt out."""
-        text = super().__str__()[:1000]
+        text = super().__str__()
+        text = text if len(text) <= 1000 else f"{text[:600]} ... {text[-400:]}"
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -38,12 +39,15 @@ def inside(folder: Path, name: str) -> Path:
     A stranger's link must not make us read a file that lies elsewhere, and carry it into
     checkpoints. The hub's cache counts as one folder: snapshots/REVISION/x -> ../../blobs/HASH.
     """
-    file, home = (Path(os.path.realpath(p)) for p in (folder / name, folder))
+    try:
+        file, home = (Path(os.path.realpath(p)) for p in (folder / name, folder))
+    except ValueError:                                           # a null byte, half a character
+        raise InputError(f"{folder / name} cannot be a file's name") from None
     home = home.parent.parent if home.parent.name == "snapshots" else home
     if not file.is_relative_to(home):
         raise InputError(f"{folder / name} is a link out of its directory: put the file itself "
                          "there")
-    if file.exists() and not file.is_file():
+    if os.path.exists(file) and not os.path.isfile(file):    # unlike Path's, these never raise
         raise InputError(f"{folder / name} is not a file")
     return folder / name
 

@@ -124,16 +124,21 @@ def read_preset(file: Path) -> dict:
         if kind not in (int, float) and not choices and key not in STRANGERS_MAY_SET or (
                 key == "reward" and value not in (*rewards.VERIFIABLE, *NAMES)):
             raise InputError(f"{file}: {key} can be set on the command line alone")
+        check_range(f"{file}: {key}", known[key], value)
     return preset
+
+
+def check_range(name: str, f, value):
+    least, most = f.metadata["least"], f.metadata["most"]
+    if least is not None and not least <= value <= most:
+        raise InputError(f"{name} must be at least {least} and at most {most}, found {value}")
 
 
 def check(s: Settings):
     """Refuse what cannot work, with the reason."""
     for f in fields(s):
-        value, least, most = getattr(s, f.name), f.metadata["least"], f.metadata["most"]
-        flag = "--" + f.name.replace("_", "-")
-        if least is not None and not least <= value <= most:
-            raise InputError(f"{flag} must be at least {least} and at most {most}, found {value}")
+        value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
+        check_range(flag, f, value)
         if isinstance(value, str) and (SURROGATE.search(value) or "\0" in value):
             raise InputError(f"{flag} {value}: not text in UTF-8")
     if s.warmup > s.steps:
