@@ -64,7 +64,7 @@ class Tokenizer:
         self.path = Path(path)
         file = inside(self.path, "tokenizer.json")
         source = read_small(file)
-        if failure := contain.try_tokenizer(source):
+        if failure := contain.try_tokenizer(file):
             raise InputError(f"{file}: {failure}")
         self.tokenizer = tokenizers.Tokenizer.from_str(source)
         self.tokenizer.no_truncation()         # a text is never cut or filled up behind our back

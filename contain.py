@@ -14,6 +14,7 @@ import subprocess
 import sys
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 
 SECONDS = 5                          # of processor time a request
 MEMORY = 512 * 2**20                 # bytes of address space, the interpreter included
@@ -41,10 +42,9 @@ def render(template: str, conversations: list, variables: dict) -> list[str] | s
     return texts
 
 
-@lru_cache(maxsize=4)
-def try_tokenizer(source: str) -> str | None:
-    """What goes wrong with a tokenizer.json, given as text; None: nothing did."""
-    reply = ask([source])
+def try_tokenizer(file: Path) -> str | None:
+    """What goes wrong with a tokenizer.json; None: nothing did."""
+    reply = ask([str(file.resolve())])
     return reply if isinstance(reply, str) else None
 
 
@@ -91,10 +91,10 @@ def compiled(source: str):
 
 
 def answer(request: list) -> list | str:
-    """[template, conversations, variables] -> their texts; [the text of a tokenizer.json] -> []."""
+    """[template, conversations, variables] -> their texts; [path of a tokenizer.json] -> []."""
     if len(request) == 1:
         import tokenizers
-        tokenizer = tokenizers.Tokenizer.from_str(*request)
+        tokenizer = tokenizers.Tokenizer.from_file(*request)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         for special in (True, False):

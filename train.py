@@ -86,7 +86,7 @@ def set_up(s: Settings) -> Game:
         opening(tokenizer, "--query-tokens and --answer-tokens", "",
                 s.query_tokens + s.answer_tokens, context)
     if s.self_reward:
-        game.judge_tokenizer = Tokenizer(judge_path)
+        game.judge_tokenizer = tokenizer if judge_path == start else Tokenizer(judge_path)
         game.judge_prompt = read_prompt(s.self_reward_prompt, ("instruction", "response"))
         opening(game.judge_tokenizer, s.self_reward_prompt,
                 fill(game.judge_prompt, instruction="", response=""), s.judge_tokens,
