@@ -40,14 +40,15 @@ def test_parsers_take_linear_time(name):
 @pytest.mark.parametrize("name", list(fuzz.FILES))
 def test_a_mutated_file_loads_or_is_refused_in_one_line(name, monkeypatch):
     monkeypatch.setattr(contain, "SECONDS", 1)
-    row = fuzz.loaders(name, 12 if name == "chat_template.jinja" else 60, seed=4)
+    row = fuzz.loaders(name, 12 if name == "chat_template.jinja" else 40, seed=4)
     assert row["failures"] == 0, row["first_failures"]
     assert row["refused"] and (row["loaded"] or name == "chat_template.jinja")
     assert row["peak_mb"] < 512
 
 
-@pytest.mark.parametrize("fault", [os.abort, lambda: time.sleep(60), lambda: bytearray(2**30),
-                                   lambda: os.write(2, b"!"), lambda: 1 / 0])
+@pytest.mark.parametrize("fault", [
+    lambda: os.kill(os.getpid(), 9), lambda: time.sleep(60), lambda: bytearray(2**30),
+    lambda: os.write(2, b"!"), lambda: 1 / 0])
 def test_the_campaign_would_see_a_crash_a_hang_a_hunger_and_noise(monkeypatch, fault):
     calls = []
 

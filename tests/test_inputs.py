@@ -19,7 +19,6 @@ import runs
 import sample
 import train
 from chat import Tokenizer, fit
-from data import check_data, read_data
 from files import InputError, find_model, inside, read_json
 from memory import MasterAdamW
 from model import load_model, parse_config, save_model
@@ -512,11 +511,3 @@ def test_a_round_of_held_out_queries_alone_teaches_nothing(monkeypatch):
     assert m["held_out_queries"] == 1 and m["grad_norm"] == 0 and m["flat_groups"] is None
     assert all(torch.equal(p, b) for p, b in zip(game.policy.parameters(), before))
     assert runs.step_line(s, m | {"step": 1, "seconds": 1.0})
-
-
-def test_data_is_checked_as_fast_as_it_is_read(tmp_path):
-    lines = [{"question": f"What is {i} + {i}?", "answer": i} for i in range(20_000)]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    data, begun = read_data(str(tmp_path / "p.jsonl"), gold=True), time.process_time()
-    check_data("p", data, Tokenizer(TOKENIZER), 100)
-    assert time.process_time() - begun < 10
