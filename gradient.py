@@ -3,8 +3,8 @@
     sums = accumulate(game, [Row(prompt, completion, advantage), ...], weight)    # Eq. 4 or Eq. 5
 
 What train.py's update() calls twice, once for the Solver's rows and once for the Challenger's.
-Shapes: B rows of a micro-batch, L tokens of its longest row, T of its longest completion, M of all,
-D hidden size.
+Shapes: B rows of a micro-batch, T tokens of its longest completion, M of all completions, D hidden
+size.
 """
 from collections import Counter
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import lsp
+from cache import pad, shared_forward
 from model import Llama
-from sample import Completion, pad, take_batch
+from sample import Completion, take_batch
 
 
 @dataclass
@@ -39,31 +40,36 @@ def merge(rows: list[Row]) -> list[Row]:
 
 def completion_logp(model: Llama, rows: list[Row], temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs of the rows' completion tokens (B, T), 0 beyond their ends, and the mask (B, T)."""
-    device = model.model.embed_tokens.weight.device
-    tokens, lengths = pad([row.prompt + row.completion.tokens for row in rows], device)    # (B, L)
-    start = torch.tensor([len(row.prompt) for row in rows], device=device)                 # (B,)
-    longest = max(len(row.completion.tokens) for row in rows)
-    mask = torch.arange(longest, device=device) < (lengths - start)[:, None]               # (B, T)
-    b, t = mask.nonzero(as_tuple=True)                                                   # both (M,)
-    at = start[b] + t                                          # (M,)   the token's place in its row
-    hidden = model(tokens)[b, at - 1]                          # (M, D) the state before predicts it
-    logp = model.log_probs(hidden, tokens[b, at], temperature=temperature)                 # (M,)
-    return logp.new_zeros(mask.shape).index_put((b, t), logp), mask
+    prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
+    which = [prompts.index(tuple(row.prompt)) for row in rows]
+    # The last token, a stop token or where the limit cut, predicts nothing that is asked for.
+    rests = [row.completion.tokens[:-1] for row in rows]
+    hidden = shared_forward(model, prompts, which, rests)                                # (B, T, D)
+    tokens, lengths = pad([row.completion.tokens for row in rows], hidden.device)          # (B, T)
+    mask = torch.arange(tokens.shape[1], device=hidden.device) < lengths[:, None]          # (B, T)
+    logp = model.log_probs(hidden[mask], tokens[mask], temperature=temperature)            # (M,)
+    return logp.new_zeros(mask.shape).masked_scatter(mask, logp), mask
+
+
+def room(rows: list[Row]) -> int:
+    """The padded tokens of a pass over rows: distinct prompts, and completions."""
+    prompts = {tuple(row.prompt) for row in rows}
+    return (len(prompts) * max(map(len, prompts))
+            + len(rows) * max(len(row.completion.tokens) for row in rows))
 
 
 def accumulate(game, rows: list[Row], weight: float) -> Counter:
     """Add the gradient of weight * (Eq. 4 or 5) over these rows to the policy's; return sums.
 
     The loss is normalised by the number of all rows before it is cut into micro-batches, so that
-    their size changes nothing (test_micro_batch_size_changes_no_gradient).
+    their size changes nothing (test_micro_batch_size_changes_no_gradient). Completions of like
+    length go together, for little padding; those of one prompt stay neighbours and share it.
     """
     s, sums = game.settings, Counter()
-    count, rows = len(rows), merge(rows)
-    length = lambda i: len(rows[i].prompt) + len(rows[i].completion.tokens)
-    waiting = sorted(range(len(rows)), key=length)
+    count = len(rows)
+    waiting = sorted(merge(rows), key=lambda row: len(row.completion.tokens))
     while waiting:
-        taken = take_batch(waiting, length, [0] * len(rows), s.micro_batch_tokens)
-        batch = [rows[i] for i in taken]
+        batch = take_batch(waiting, room, s.micro_batch_tokens)
         logp, mask = completion_logp(game.policy, batch, s.temperature)                    # (B, T)
         ref_logp = None
         if s.beta:

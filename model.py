@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cache import Cache, Continuation, Prompts
+
 # A checkpoint is weights and tokenizer: one room opens both.
 from chat import Tokenizer  # noqa: F401
 from config import Config, parse_config
@@ -31,7 +33,9 @@ from files import InputError, inside, read_json
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
            "chat_template.jinja", "generation_config.json", "training.json",
            "prompts/challenger.txt", "prompts/self_reward.txt")
-LOGITS_PER_CHUNK = 2**26        # logits that log_probs holds at once: 268 MB in fp32
+# Logits that log_probs holds at once. 67 MB in fp32 are quicker than more on a CPU; a GPU reads the
+# whole head for each chunk, so that few large ones (268 MB) suit it.
+LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**26}
 
 
 # ---------------------------------------------------------------- forward pass
@@ -68,41 +72,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-class Cache:
-    """Keys and values of all layers, allocated once:
-    row b holds lengths[b] tokens from the left."""
-
-    def __init__(self, config: Config, rows: int, size: int, *, device, dtype):
-        # Zeros: a masked NaN would still be NaN.
-        shape = (rows, config.num_key_value_heads, size, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype)
-                  for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype)
-                  for _ in range(config.num_hidden_layers)]
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)    # (B,)
-        self.used = 0            # no row is longer: attention reads no further
-
-    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, d) at positions (B, T) and return all keys and values so far,
-        (B, K, S, d)."""
-        rows = torch.arange(len(positions), device=k.device)[:, None]        # (B, 1)
-        self.k[layer][rows, :, positions] = k.transpose(1, 2)
-        self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
-
-    def select(self, rows: Tensor, size: int | None = None):
-        """Keep these rows (repeats allowed), in this order;
-        with `size`, in a new allocation that long."""
-        self.lengths = self.lengths[rows]
-        for held in (self.k, self.v):
-            for layer, old in enumerate(held):                # one layer at a time: no second cache
-                if size is None:
-                    held[layer] = old[rows]
-                else:
-                    held[layer] = old.new_zeros(len(rows), old.shape[1], size, old.shape[3])
-                    held[layer][:, :, :self.used] = old[rows, :, :self.used]
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -124,16 +93,23 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x, cos, sin, positions, mask, cache, layer):
+    def forward(self, x, cos, sin, slots, mask, cache, layer):
         # (B, T, heads * d) -> (B, heads, T, d)
         split = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.write(layer, k, v, positions)                       # (B, K, S, d)
-        # No mask means plain causal attention: without one the fused kernels stay on.
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            k, v = cache.write(layer, k, v, slots)                           # (B, K, S, d)
+        if mask is None:         # plain causal attention: without a mask the fused kernels stay on
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            # The H/K query heads that read one key head stand as further queries of it: no key is
+            # copied, and kernels that take a mask but no grouped heads serve as well.
+            B, H, T, d = q.shape
+            group = H // k.shape[1]
+            grouped = q.reshape(B, k.shape[1], group * T, d)
+            y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, group, 1))
+            y = y.view(B, H, T, d)
         return self.o_proj(y.transpose(1, 2).flatten(2))                     # (B, T, D)
 
 
@@ -182,31 +158,22 @@ class Llama(nn.Module):
         elif not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+        self.checkpointing = False           # in forward
         # No parameter and no buffer: .to(bfloat16) must not round it.
         self.frequencies = rope_frequencies(config)
 
     def forward(self, tokens: Tensor, *, positions: Tensor | None = None,
-                cache: Cache | None = None) -> Tensor:
+                cache: Cache | Prompts | Continuation | None = None) -> Tensor:
         """Final hidden states (B, T, D), after the last norm, of tokens (B, T).
 
         Without a cache, attention is causal: rows padded on the right need no mask, since padding
-        comes after everything that is read. With a cache, the tokens are appended to what each row
-        holds. `positions` (B, T) default to counting on from there. After a ragged prefill the
-        caller sets cache.lengths to the true lengths; what padding left behind is then overwritten,
-        and never read (mask below).
+        comes after everything that is read. With one, the tokens go on from what it holds
+        (cache.py). `positions` (B, T) default to counting on from there.
         """
-        B, T = tokens.shape
-        mask = None
-        held = (torch.zeros(B, dtype=torch.long, device=tokens.device) if cache is None
-                else cache.lengths)
-        slots = held[:, None] + torch.arange(T, device=tokens.device)        # (B, T)
-        if cache is not None:
-            fresh = cache.used == 0
-            cache.used += T
-            cache.lengths = cache.lengths + T
-            if not fresh:
-                mask = torch.arange(cache.used, device=tokens.device) <= slots[..., None]
-                mask = mask[:, None]                            # (B, T, S) -> (B, 1, T, S)
+        if cache is None:
+            slots, mask = torch.arange(tokens.shape[1], device=tokens.device)[None], None  # (1, T)
+        else:
+            slots, mask = cache.place(tokens.shape[1])             # (B, T), (B, 1, T, S) or None
         x = self.model.embed_tokens(tokens)                                  # (B, T, D)
         precision = wide(x[:0]).dtype
         if self.frequencies.device != x.device:
@@ -215,8 +182,12 @@ class Llama(nn.Module):
         angles = where[:, None, :, None].to(precision) * self.frequencies.to(precision)
         cos, sin = angles.cos(), angles.sin()                                # (B, 1, T, d/2) each
         for layer, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, slots, mask, cache, layer)                # (B, T, D)
-        return self.model.norm(x)
+            inputs = (x, cos, sin, slots, mask, cache, layer)
+            # Checkpointed, a block keeps only its input and is computed again in the backward pass:
+            # a third more work, and a few numbers a token and layer in place of a hundred thousand.
+            x = (checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                 if self.checkpointing and torch.is_grad_enabled() else block(*inputs))
+        return self.model.norm(x)                                            # (B, T, D)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), fp32."""
@@ -234,11 +205,12 @@ class Llama(nn.Module):
         test_chunked_log_probs_equal_the_plain_ones.
         """
         def piece(h, t):
-            logits = self.logits(h) / temperature                            # (chunk, V)
+            logits = self.logits(h)                                          # (chunk, V)
+            logits = logits if temperature == 1 else logits / temperature
             return logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1)
 
-        size = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
-        return torch.cat([checkpoint(piece, h, t, use_reentrant=False)
+        size = LOGITS_PER_CHUNK.get(hidden.device.type, 2**24) // self.config.vocab_size + 1
+        return torch.cat([checkpoint(piece, h, t, use_reentrant=False, preserve_rng_state=False)
                           for h, t in zip(hidden.split(size), targets.split(size))])
 
 

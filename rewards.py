@@ -13,14 +13,16 @@ Shapes: M pairs of query and answer, N queries, G answers a query, D hidden size
 """
 import re
 from decimal import Decimal
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
 
+from cache import shared_forward
 from chat import Tokenizer, fill, fit
 from files import InputError
 from model import Llama, load_model
-from sample import pad, sample, take_batch, text_of
+from sample import sample, take_batch, text_of
 from tiny import world as tiny_world
 
 READINGS = ("generate", "expected")
@@ -29,18 +31,25 @@ REASONS = ("no_tag", "unclosed", "not_a_score", "out_of_range", "conflict", "bad
 
 
 @torch.no_grad()
-def last_hidden(model: Llama, rows: list[list[int]], batch_tokens: int) -> Tensor:
-    """Hidden state at each row's last token, (len(rows), D),
-    at most batch_tokens padded tokens a forward pass."""
+def last_hidden(model: Llama, rows: list[list[int]], groups: list, batch_tokens: int) -> Tensor:
+    """Hidden state at each row's last token, (len(rows), D), at most batch_tokens padded tokens a
+    forward pass. groups: (len(rows),) whose rows begin alike, as the answers to one query do; what
+    neighbours of a group share is computed once."""
     out = [None] * len(rows)
     waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while waiting:
-        batch = take_batch(waiting, lambda i: len(rows[i]), [0] * len(rows), batch_tokens)
-        tokens, lengths = pad([rows[i] for i in batch], model.model.embed_tokens.weight.device)
-        rows_of = torch.arange(len(batch), device=lengths.device)
-        hidden = model(tokens)[rows_of, lengths - 1]                         # (b, D)
-        for i, h in zip(batch, hidden):
-            out[i] = h
+        batch = take_batch(waiting, lambda ids: len(ids) * len(rows[ids[-1]]), batch_tokens)
+        members = {}
+        for i in batch:
+            members.setdefault(groups[i], []).append(rows[i])
+        prompts = [commonprefix(alike) for alike in members.values()]
+        which = [list(members).index(groups[i]) for i in batch]
+        rests = [rows[i][len(prompts[n]):] for i, n in zip(batch, which)]
+        hidden = shared_forward(model, prompts, which, rests)                # (b, 1 + T, D)
+        ends = torch.tensor([len(rest) for rest in rests], device=hidden.device)
+        last = hidden.take_along_dim(ends[:, None, None], 1)[:, 0]           # (b, D)
+        for i, state in zip(batch, last):
+            out[i] = state
     return torch.stack(out)
 
 
@@ -70,8 +79,9 @@ class RewardModel:
                      self.model.config.max_position_embeddings, generation_prompt=False)
         rows = [ids for ids, _, _ in fitted]
         self.shortened = sum(cut for _, _, cut in fitted)
+        hidden = last_hidden(self.model, rows, queries, self.batch_tokens)   # (M, D)
         with torch.no_grad():
-            return self.model.score(last_hidden(self.model, rows, self.batch_tokens)).float().cpu()
+            return self.model.score(hidden).float().cpu()
 
 
 # ---------------------------------------------------------------- self-reward
@@ -103,7 +113,7 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
         if any(len(d) != 1 for d in digits):
             raise InputError("--self-reward expected needs a tokenizer with one token "
                              "for each of the digits 0..7")
-        hidden = last_hidden(judge, [p + start for p in prompts], batch_tokens)
+        hidden = last_hidden(judge, [p + start for p in prompts], queries, batch_tokens)
         with torch.no_grad():
             p = judge.logits(hidden).softmax(-1)[:, [d[0] for d in digits]].cpu()   # (M, 8)
         mass = p.sum(-1)                                                     # (M,)

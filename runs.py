@@ -37,7 +37,7 @@ def add_flags(parser: Parser, settings_class):
     for f in fields(settings_class):
         kinds = getattr(f.type, "__args__", (f.type,))             # str | None -> (str, NoneType)
         default = "" if f.default in (None, False) else f" (default {f.default})"
-        how = {"action": "store_true"} if bool in kinds else {
+        how = {"action": argparse.BooleanOptionalAction} if bool in kinds else {
             "type": kinds[0], "choices": f.metadata["choices"]}
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=(f.metadata["help"] + default).replace("%", "%%"), **how)

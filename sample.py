@@ -7,21 +7,26 @@
 
 Sampling is from the full distribution softmax(logits / temperature): no top-k, no top-p, so that
 the sampled distribution is the one that train.py differentiates. A prompt's samples share one
-prefill, rows that have finished leave the batch, and every completion has a random stream of its
-own: what it says does not depend on its company.
+prefill, rows that have finished leave the batch, on a GPU a step is one captured graph, and every
+completion has a random stream of its own: what it says does not depend on its company.
 Shapes: P prompts, B rows (one per completion) still in the batch, T prompt tokens, V vocabulary,
 D hidden size.
 """
+import warnings
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from cache import Cache, pad
 from chat import Tokenizer, fill
 from files import InputError, find_model, pick_device, prompt_file, read_prompt
-from model import Cache, Llama, load_model
+from model import Llama, load_model
 from runs import Parser, run_script
 
 
@@ -70,37 +75,33 @@ def sample(model: Llama, prompts: list[list[int]], *, num_samples: int = 1,
     device = model.model.embed_tokens.weight.device
     tokens = torch.zeros(total, max(limits, default=0), dtype=torch.long, device=device)
     logp = torch.zeros(tokens.shape, device=device)                         # (total, longest limit)
-    lengths = torch.zeros(total, dtype=torch.long, device=device)
     # Prompts of like length together, for little padding;
     # a prompt's samples stay neighbours and share its prefill.
-    waiting = sorted(range(total), key=lambda i: len(prompts[i // num_samples]))
+    length = lambda i: len(prompts[i // num_samples])
+    room = lambda rows: len(rows) * max(length(i) + limits[i] for i in rows)
+    waiting = sorted(range(total), key=length)
     while waiting:
-        rows = take_batch(waiting, lambda i: len(prompts[i // num_samples]), limits, batch_tokens)
+        rows = take_batch(waiting, room, batch_tokens)
         steps = decode(model, [prompts[i // num_samples] for i in rows],
                        limits=[limits[i] for i in rows], seeds=[seeds[i] for i in rows],
                        temperature=temperature, stop_ids=stop_ids)
         rows = torch.tensor(rows, device=device)
-        for step, (alive, token, token_logp) in enumerate(steps):
-            tokens[rows[alive], step] = token
-            logp[rows[alive], step] = token_logp.to(logp.dtype)
-            lengths[rows[alive]] += 1
-    done = [Completion(t[:n], p[:n], t[n - 1] in stop_ids)
-            for t, p, n in zip(tokens.tolist(), logp.tolist(), lengths.tolist())]
+        for step, (inside, token, token_logp) in enumerate(steps):
+            tokens[rows[inside], step] = token
+            logp[rows[inside], step] = token_logp.to(logp.dtype)
+    done = []
+    for said, likely, limit in zip(tokens.tolist(), logp.tolist(), limits):
+        end = next((t + 1 for t in range(limit) if said[t] in stop_ids), limit)
+        done.append(Completion(said[:end], likely[:end], said[end - 1] in stop_ids))
     return [done[i:i + num_samples] for i in range(0, total, num_samples)]
 
 
-def take_batch(waiting: list[int], prompt_length, limits: list[int],
-               batch_tokens: int) -> list[int]:
-    """Remove from the head of `waiting` as many rows as batch_tokens holds
-    (at least one) and return them."""
-    longest, count = 0, 0
-    for i in waiting:
-        longest = max(longest, prompt_length(i) + limits[i])
-        if count and (count + 1) * longest > batch_tokens:
-            break
-        count += 1
-    rows = waiting[:count]
-    del waiting[:count]
+def take_batch(waiting: list, room, budget: int) -> list:
+    """Remove from the head of `waiting` as many rows as the budget holds, at least one, and return
+    them. room(rows): the tokens that rows take up, which further rows never make fewer."""
+    count = bisect_right(range(1, len(waiting) + 1), budget, key=lambda n: room(waiting[:n]))
+    rows = waiting[:max(1, count)]
+    del waiting[:max(1, count)]
     return rows
 
 
@@ -109,57 +110,114 @@ def decode(model: Llama, prompts: list[list[int]], *, limits: list[int], seeds: 
            temperature: float, stop_ids) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Decode a batch, one row a prompt; equal neighbours share a prefill. Yields a step at a time:
 
-    the numbers of the rows still alive (B,), their new tokens (B,) and these tokens' log-probs
-    (B,). A row leaves after a stop token or at its limit.
+    the numbers of the rows still in the batch (B,), their new tokens (B,) and these tokens'
+    log-probs (B,). A row leaves after a stop token or at its limit. A GPU is asked only now and
+    then who has finished, so that it is not waited for: what a row yields after its end is void.
     """
     device = model.model.embed_tokens.weight.device
+    graphs = uses_graphs(device)
     distinct = [p for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]]
     which = torch.tensor([i > 0 and p != prompts[i - 1]
                           for i, p in enumerate(prompts)]).cumsum(0).to(device)      # (B,)
     logits, cache = prefill(model, distinct)                                 # (P, V)
-    logits = logits[which]                                                   # (B, V)
-    cache.select(which, cache.used + max(limits))
+    logits, longest = logits[which], cache.used                              # (B, V)
+    size = longest + max(limits)
+    cache.select(which, size)
     # Row b's t-th token uses the t-th uniform number of its own stream. float64: with fp32's 24
     # bits, tokens less likely than 6e-8 could never be drawn.
     uniforms = [np.random.Generator(np.random.Philox(key=seed)).random(max(limits))
                 for seed in seeds]
     uniforms = torch.from_numpy(np.stack(uniforms))                          # (B, longest limit)
+    uniforms = uniforms.to("cpu" if device.type == "mps" else device)        # MPS has no float64
     limit = torch.tensor(limits, device=device)
     stop = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    alive = torch.arange(len(prompts), device=device)
+    inside = torch.arange(len(prompts), device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)       # (B,)
+    captured = None
     for step in range(max(limits)):
         token, logp = pick(logits, temperature, uniforms[:, step])           # (B,), (B,)
-        yield alive, token, logp
-        stay = ~torch.isin(token, stop) & (step + 1 < limit)                 # (B,)
-        if not stay.all():
-            keep = stay.nonzero()[:, 0]
+        yield inside, token, logp
+        ended = ended | torch.isin(token, stop) | (step + 1 >= limit)        # (B,)
+        if not graphs or (step + 1) % STRETCH == 0 or step + 1 == max(limits):
+            keep = (~ended).nonzero()[:, 0]
             if len(keep) == 0:
                 return
-            alive, token, limit, uniforms = (
-                alive[keep], token[keep], limit[keep], uniforms[keep.cpu()])
-            cache.select(keep)
-        logits = model.logits(model(token[:, None], cache=cache)[:, -1])     # (B, V)
+            # With a graph, departures cost a capture: wait until a quarter of the rows may go.
+            if len(keep) < len(ended) * (0.75 if graphs else 1):
+                inside, token, limit, ended, uniforms = (
+                    inside[keep], token[keep], limit[keep], ended[keep],
+                    uniforms[keep.to(uniforms.device)])
+                cache.select(keep)
+                captured = None
+        if graphs and (captured is None or longest + step >= cache.used):
+            cache.used = min(size, (longest + step) // REACH * REACH + REACH)
+            captured = CapturedStep(model, cache)
+        logits = (captured(token) if graphs else
+                  model.logits(model(token[:, None], cache=cache)[:, -1]))   # (B, V)
 
 
 def prefill(model: Llama, prompts: list[list[int]]) -> tuple[Tensor, Cache]:
-    """Run ragged prompts, padded on the right, in one pass:
-    logits after each prompt's last token (P, V), cache."""
+    """Run ragged prompts, padded on the right: logits after each one's last token (P, V), cache.
+
+    What all of them begin with, such as the judge's instructions, is run once. Below some 32 tokens
+    a pass of its own costs more than it saves.
+    """
     device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
-    tokens, lengths = pad(prompts, device)                                   # (P, T), (P,)
-    cache = Cache(model.config, *tokens.shape, device=device, dtype=dtype)
+    common = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)     # the rest is not empty
+    common = common if common >= 32 and len(prompts) > 1 else 0
+    tokens, lengths = pad([prompt[common:] for prompt in prompts], device)   # (P, T), (P,)
+    P, T = tokens.shape
+    cache = Cache(model.config, 1 if common else P, common or T, device=device, dtype=dtype)
+    if common:
+        model(torch.tensor([prompts[0][:common]], device=device), cache=cache)
+        cache.select(torch.zeros(P, dtype=torch.long, device=device), common + T)
     hidden = model(tokens, cache=cache)                                      # (P, T, D)
-    cache.lengths = lengths
-    return model.logits(hidden[torch.arange(len(prompts), device=device), lengths - 1]), cache
+    cache.lengths = common + lengths
+    return model.logits(hidden[torch.arange(P, device=device), lengths - 1]), cache
 
 
-def pad(rows: list[list], device, dtype=torch.long) -> tuple[Tensor, Tensor]:
-    """Lists as one tensor padded on the right
-    (with 0: masks come from lengths) and their lengths."""
-    lengths = torch.tensor([len(row) for row in rows], device=device)        # (B,)
-    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)        # (B, T)
-    for out, row in zip(padded, rows):
-        out[:len(row)] = torch.tensor(row, dtype=dtype)
-    return padded.to(device), lengths
+STRETCH = 8              # steps between two questions to a GPU about who has finished
+REACH = 256              # a captured step reads the cache up to a multiple of it
+
+
+def uses_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+class CapturedStep:
+    """A decode step as a CUDA graph: recorded once, then launched as one.
+
+    Python takes longer to launch the step's thousand kernels than a GPU takes to run them. A graph
+    fixes shapes and addresses, so it serves until rows leave or the cache's used part must grow:
+    what lies beyond a row's length there is masked, as padding is. A GPU that cannot capture (some
+    debugging modes) goes on eagerly.
+    """
+
+    def __init__(self, model: Llama, cache: Cache):
+        self.token = torch.zeros_like(cache.lengths)[:, None]                # (B, 1)
+        self.step = lambda: model.logits(model(self.token, cache=cache)[:, -1])
+        cache.fixed, start = True, cache.lengths.clone()
+        side = torch.cuda.Stream()                   # the warm-up that capture asks for
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        cache.lengths.copy_(start)                   # what the warm-up wrote is written over
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.logits = self.step()            # recorded, not run
+        except RuntimeError as error:
+            warnings.warn(f"decoding without a CUDA graph, slower: {error}", stacklevel=2)
+            self.graph = None
+            cache.lengths.copy_(start)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        self.token.copy_(token[:, None])
+        if self.graph is None:
+            return self.step()
+        self.graph.replay()
+        return self.logits                           # (B, V), overwritten by the next call
 
 
 def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,19 +226,31 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
 
     Inverse of the cumulative distribution: the first token whose cumulative probability exceeds the
     row's uniform number. One number a row, where torch.multinomial draws one for every token of the
-    vocabulary.
+    vocabulary. Found in two steps, the block of tokens and the token in it: adding up V numbers one
+    after the other in float64 would be the dearest part of a small model's step.
     """
-    logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)          # (B, V)
+    logp = torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, dim=-1)
     if temperature == 0:
-        token = logits.argmax(-1)
+        token = logits.argmax(-1, keepdim=True)                              # (B, 1)
     else:
-        exact = logp.cpu() if logp.device.type == "mps" else logp            # MPS has no float64
-        cumulative = exact.exp().cumsum(-1, dtype=torch.float64)             # (B, V)
-        # Below the total, which is 1 up to rounding.
-        aim = uniform.to(exact.device)[:, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, aim, right=True)[:, 0].to(logp.device)
-        token = token.clamp(max=logits.shape[-1] - 1)
-    return token, logp.gather(-1, token[:, None])[:, 0]
+        p = (logp.cpu() if logp.device.type == "mps" else logp).exp()        # (B, V)
+        blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))        # (B, V/b, b)
+        sums = blocks.sum(-1, dtype=torch.float64)                           # (B, V/b)
+        ends = sums.cumsum(-1)                                               # (B, V/b)
+        # Kept below the sums and not below 0, where rounding would point at a token without any
+        # probability.
+        below = 1 - 2**-50
+        aim = (uniform[:, None] * ends[:, -1:]).minimum(ends[:, -1:] * below)        # (B, 1)
+        block = torch.searchsorted(ends, aim, right=True)                    # (B, 1)
+        ends_in = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)
+        aim_in = (aim - (ends - sums).gather(1, block)).clamp(min=0)         # (B, 1)
+        aim_in = aim_in.minimum(ends_in[:, -1:] * below)
+        token = block * BLOCK + torch.searchsorted(ends_in, aim_in, right=True)      # (B, 1)
+        token = token.to(logp.device)
+    return token[:, 0], logp.gather(-1, token)[:, 0]
+
+
+BLOCK = 128              # tokens in a block of pick
 
 
 # ---------------------------------------------------------------- command line

@@ -59,7 +59,9 @@ class Settings:
     warmup: int = setting(0, "steps of linear warm-up", 0)
     weight_decay: float = setting(0.0, "AdamW's", 0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: any", 0)
-    micro_batch_tokens: int = setting(8192, "padded tokens a pass; changes no gradient", 1)
+    micro_batch_tokens: int = setting(2048, "padded tokens a pass; changes no gradient", 1)
+    checkpointing: bool = setting(False, "keep each block's input alone and compute the rest again "
+                                  "in the backward pass: a third slower, far less memory")
     batch_tokens: int = setting(65536, "tokens in the sampler's cache; changes no completion", 1)
 
     eval_prompts: str | None = setting(None, "held-out prompts: reward, win-rate against the start")
@@ -72,8 +74,9 @@ class Settings:
 
 
 ALGOS = {"lsp": {"self_reward": "generate"}, "lsp-zero": {}, "grpo": {"learning_rate": 1e-6}}
-MODELS = {"llama-3.2-1b": {"reward": "skywork-v2-1b"}}
-STRANGERS_MAY_SET = ("task", "template", "reward", "mask_truncated")
+GPU = {"checkpointing": True, "micro_batch_tokens": 8192}
+MODELS = {"llama-3.2-1b": {"reward": "skywork-v2-1b"} | GPU, "llama-3.2-3b": GPU}
+STRANGERS_MAY_SET = ("task", "template", "reward", "mask_truncated", "checkpointing")
 # Flags that name something which only some runs use; given to another run, they are refused.
 # Numbers are not: one command line may serve a sweep over algorithms.
 NEEDS = {

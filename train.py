@@ -98,6 +98,7 @@ def set_up(s: Settings) -> Game:
     if s.self_reward:
         game.judge = game.reference if shared else load(judge_path)
     game.policy = load(start, torch.float32)     # its masters' precision; MasterAdamW makes it bf16
+    game.policy.checkpointing = s.checkpointing
     for flag in ("policy", "reference", "judge"):
         model = getattr(game, flag)
         if model and model.config.scalar_head:

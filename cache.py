@@ -1,0 +1,135 @@
+"""What attention reads besides the tokens at hand: the sampler's cache, and shared prompts.
+
+    cache = Cache(config, rows, size, device=device, dtype=dtype)    # sampling: written in place
+    hidden = model(tokens, cache=cache)                              # again and again, appending
+    hidden = shared_forward(model, prompts, which, rests)            # training: gradients flow
+
+Each is given to Llama.forward, which asks it where tokens go and what they may see (place), and in
+every layer for the keys and values to attend to (write).
+Shapes: P prompts, B rows, T tokens at hand, S keys and values, D hidden size, K key-value heads,
+d head size.
+"""
+import torch
+from torch import Tensor
+
+
+def pad(rows: list, device, dtype=torch.long) -> tuple[Tensor, Tensor]:
+    """Lists as one tensor padded on the right
+    (with 0: masks come from lengths) and their lengths."""
+    lengths = torch.tensor([len(row) for row in rows], device=device)        # (B,)
+    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)        # (B, T)
+    for out, row in zip(padded, rows):
+        out[:len(row)] = torch.tensor(row, dtype=dtype)
+    return padded.to(device), lengths
+
+
+class Cache:
+    """Keys and values of all layers, allocated once:
+    row b holds lengths[b] tokens from the left."""
+
+    def __init__(self, config, rows: int, size: int, *, device, dtype):
+        # Zeros: a masked NaN would still be NaN.
+        shape = (rows, config.num_key_value_heads, size, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype)
+                  for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype)
+                  for _ in range(config.num_hidden_layers)]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)    # (B,)
+        self.used = 0            # no row is longer: attention reads no further
+        self.fixed = False       # a captured step always reads `used`, which its caller looks after
+
+    def place(self, T: int) -> tuple[Tensor, Tensor | None]:
+        """Slots of T further tokens a row, (B, T), and what they may see, (B, 1, T, S) bool."""
+        slots = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)    # (B, T)
+        self.lengths += T                    # in place: a captured step finds it where it was
+        fresh = self.used == 0
+        self.used += 0 if self.fixed else T
+        if fresh:
+            return slots, None               # nothing held yet: plain causal attention
+        seen = torch.arange(self.used, device=slots.device) <= slots[..., None]        # (B, T, S)
+        return slots, seen[:, None]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, K, T, d) at slots (B, T) and return all keys and values so far, (B, K, S, d).
+
+        After a ragged prefill the caller sets `lengths` to the true ones; what padding left behind
+        is then overwritten, and never seen.
+        """
+        rows = torch.arange(len(slots), device=k.device)[:, None]            # (B, 1)
+        self.k[layer][rows, :, slots] = k.transpose(1, 2)
+        self.v[layer][rows, :, slots] = v.transpose(1, 2)
+        return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
+
+    def select(self, rows: Tensor, size: int | None = None):
+        """Keep these rows (repeats allowed), in this order;
+        with `size`, in a new allocation that long."""
+        self.lengths = self.lengths[rows]
+        for held in (self.k, self.v):
+            for layer, old in enumerate(held):                # one layer at a time: no second cache
+                if size is None:
+                    held[layer] = old[rows]
+                else:
+                    held[layer] = old.new_zeros(len(rows), old.shape[1], size, old.shape[3])
+                    held[layer][:, :, :self.used] = old[rows, :, :self.used]
+
+
+class Prompts:
+    """Keys and values of P prompts as a forward pass makes them, gradients attached."""
+
+    def __init__(self, lengths: Tensor):
+        self.lengths = lengths               # (P,)
+        self.k, self.v = [], []              # a layer each, (P, K, S, d)
+
+    def place(self, T: int) -> tuple[Tensor, None]:
+        return torch.arange(T, device=self.lengths.device).expand(len(self.lengths), T), None
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        if layer == len(self.k):             # not again when a checkpointed block is recomputed
+            self.k.append(k)
+            self.v.append(v)
+        return k, v
+
+
+class Continuation:
+    """B rows that go on from prompts: row b from prompt which[b]."""
+
+    def __init__(self, prompts: Prompts, which: Tensor):
+        self.prompts, self.which = prompts, which
+
+    def place(self, T: int) -> tuple[Tensor, Tensor]:
+        """Slots (B, T), and what they may see: their prompt without its padding, and no later
+        token of their own, (B, 1, T, S + T) bool."""
+        start = self.prompts.lengths[self.which][:, None]                                # (B, 1)
+        own = torch.arange(T, device=start.device)                                       # (T,)
+        prompt = torch.arange(self.prompts.k[0].shape[2], device=start.device) < start   # (B, S)
+        seen = torch.cat((prompt[:, None].expand(-1, T, -1),
+                          (own <= own[:, None]).expand(len(start), -1, -1)), dim=-1)
+        return start + own, seen[:, None]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        held_k, held_v = self.prompts.k[layer], self.prompts.v[layer]
+        return torch.cat((held_k[self.which], k), 2), torch.cat((held_v[self.which], v), 2)
+
+
+def shared_forward(model, prompts: list, which: list[int], rests: list) -> Tensor:
+    """Hidden states of B rows, each a prompt and a rest of its own, every prompt computed once.
+
+    prompts: P lists of token ids. which: (B,) each row's prompt. rests: B lists, which may be
+    empty. Returns (B, 1 + T, D): after the prompt's last token, and after each token of the rest,
+    padded on the right; what predicts the rest's token t is at t.
+    Prompts and rests are two forward passes: the second attends to the first's keys and values,
+    repeated for the rows of each prompt, so that autograd sums their gradients. Values and
+    gradients are those of whole rows (test_shared_prompts_have_the_gradients_of_whole_rows), for
+    P + B * rest tokens' work in place of B * whole.
+    """
+    device = model.model.embed_tokens.weight.device
+    tokens, lengths = pad(prompts, device)                                   # (P, S), (P,)
+    held = Prompts(lengths)
+    hidden = model(tokens, cache=held)                                       # (P, S, D)
+    which = torch.tensor(which, device=device)
+    last = hidden[torch.arange(len(prompts), device=device), lengths - 1]    # (P, D)
+    rest, _ = pad(rests, device)                                             # (B, T)
+    if rest.shape[1] == 0:
+        return last[which][:, None]
+    after = model(rest, cache=Continuation(held, which))                     # (B, T, D)
+    return torch.cat((last[which][:, None], after), dim=1)                   # (B, 1 + T, D)
