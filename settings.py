@@ -94,7 +94,6 @@ def resolve(given: dict) -> tuple[Settings, dict]:
 
     InputError for flags out of range, contradictory ones, and an unusable training.json.
     """
-    named = set(given)
     name = given.get("model", Settings.model)
     path = find_model(name)
     preset = MODELS.get(name, {})
@@ -105,7 +104,7 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     s = Settings(**ALGOS[algo] | preset | given)
     for needs, (met, flags) in NEEDS.items():
         for flag in flags if not met(s) else ():
-            if flag in named:
+            if flag in given:
                 raise InputError(f"--{flag.replace('_', '-')} is not used here: it needs {needs}")
     s.challenger_prompt = s.challenger_prompt or str(prompt_file(path, "challenger"))
     s.self_reward_prompt = s.self_reward_prompt or str(prompt_file(path, "self_reward"))
