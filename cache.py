@@ -1,14 +1,16 @@
 """What attention reads besides the tokens at hand: the sampler's cache, and shared prompts.
 
-    cache = Cache(config, rows, size, device=device, dtype=dtype)    # sampling: written in place
-    hidden = model(tokens, cache=cache)                              # again and again, appending
-    hidden = shared_forward(model, prompts, which, rests)            # training: gradients flow
+    logits, cache = prefill(model, prompts, which, size)       # sampling: written in place,
+    hidden = model(tokens, cache=cache)                        # again and again, appending
+    hidden = shared_forward(model, prompts, which, rests)      # training: gradients flow
 
 Each is given to Llama.forward, which asks it where tokens go and what they may see (place), and in
 every layer for the keys and values to attend to (write).
-Shapes: P prompts, B rows, T tokens at hand, S keys and values, D hidden size, K key-value heads,
-d head size.
+Shapes: P prompts (p of them in a pass), B rows, T tokens at hand, S keys and values, D hidden size,
+K key-value heads, d head size, V vocabulary.
 """
+from os.path import commonprefix
+
 import torch
 from torch import Tensor
 
@@ -60,17 +62,56 @@ class Cache:
         self.v[layer][rows, :, slots] = v.transpose(1, 2)
         return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
 
-    def select(self, rows: Tensor, size: int | None = None):
-        """Keep these rows (repeats allowed), in this order;
-        with `size`, in a new allocation that long."""
+    def select(self, rows: Tensor):
+        """Keep these rows, in this order; one layer at a time, so that there is no second cache."""
         self.lengths = self.lengths[rows]
         for held in (self.k, self.v):
-            for layer, old in enumerate(held):                # one layer at a time: no second cache
-                if size is None:
-                    held[layer] = old[rows]
-                else:
-                    held[layer] = old.new_zeros(len(rows), old.shape[1], size, old.shape[3])
-                    held[layer][:, :, :self.used] = old[rows, :, :self.used]
+            for layer, old in enumerate(held):
+                held[layer] = old[rows]
+
+    def fill(self, rows: Tensor, other: "Cache", which: Tensor):
+        """Copy another cache's rows `which` (repeats allowed) into `rows`."""
+        for mine, theirs in zip(self.k + self.v, other.k + other.v):
+            mine[rows, :, :other.used] = theirs[which, :, :other.used]
+        self.lengths[rows] = other.lengths[which]
+        self.used = max(self.used, other.used)
+
+
+PREFILL_TOKENS = 8192        # in one pass: its activations stay small beside the cache
+
+
+@torch.inference_mode()
+def prefill(model, prompts: list, which: Tensor, size: int) -> tuple[Tensor, Cache]:
+    """Run P ragged prompts for B rows, row b beginning with prompt which[b]: the logits after each
+    row's prompt (B, V), and a cache for rows of `size` tokens.
+
+    Every prompt is run once, a few thousand tokens at a time; what all of them begin with, such as
+    the judge's instructions, only once at all. Below some 32 tokens a pass of its own costs more
+    than it saves.
+    """
+    embedding = model.model.embed_tokens.weight
+    new = lambda rows, size: Cache(model.config, rows, size, device=embedding.device,
+                                   dtype=embedding.dtype)
+    common = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)     # the rest is not empty
+    common = common if common >= 32 and len(prompts) > 1 else 0
+    if common:
+        head = new(1, common)
+        model(torch.tensor([prompts[0][:common]], device=embedding.device), cache=head)
+    cache, logits = new(len(which), size), []
+    count = max(1, PREFILL_TOKENS // (max(map(len, prompts)) - common))      # prompts in one pass
+    for first in range(0, len(prompts), count):
+        rests = [prompt[common:] for prompt in prompts[first:first + count]]
+        tokens, lengths = pad(rests, embedding.device)                       # (p, T), (p,)
+        every = torch.arange(len(rests), device=embedding.device)
+        part = new(len(rests), common + tokens.shape[1])
+        if common:
+            part.fill(every, head, torch.zeros_like(every))
+        hidden = model(tokens, cache=part)                                   # (p, T, D)
+        part.lengths = common + lengths
+        logits.append(model.logits(hidden[every, lengths - 1]))              # (p, V)
+        rows = ((first <= which) & (which < first + count)).nonzero()[:, 0]
+        cache.fill(rows, part, which[rows] - first)
+    return torch.cat(logits)[which], cache
 
 
 class Prompts:

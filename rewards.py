@@ -113,7 +113,7 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
         if any(len(d) != 1 for d in digits):
             raise InputError("--self-reward expected needs a tokenizer with one token "
                              "for each of the digits 0..7")
-        hidden = last_hidden(judge, [p + start for p in prompts], queries, batch_tokens)
+        hidden = last_hidden(judge, [p + start for p in prompts], queries, min(16384, batch_tokens))
         with torch.no_grad():
             p = judge.logits(hidden).softmax(-1)[:, [d[0] for d in digits]].cpu()   # (M, 8)
         mass = p.sum(-1)                                                     # (M,)

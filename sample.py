@@ -9,21 +9,19 @@ Sampling is from the full distribution softmax(logits / temperature): no top-k, 
 the sampled distribution is the one that train.py differentiates. A prompt's samples share one
 prefill, rows that have finished leave the batch, on a GPU a step is one captured graph, and every
 completion has a random stream of its own: what it says does not depend on its company.
-Shapes: P prompts, B rows (one per completion) still in the batch, T prompt tokens, V vocabulary,
-D hidden size.
+Shapes: B rows (one per completion) still in the batch, V vocabulary, b tokens of a block.
 """
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from os.path import commonprefix
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import Cache, pad
+from cache import Cache, prefill
 from chat import Tokenizer, fill
 from files import InputError, find_model, pick_device, prompt_file, read_prompt
 from model import Llama, load_model
@@ -119,10 +117,9 @@ def decode(model: Llama, prompts: list[list[int]], *, limits: list[int], seeds: 
     distinct = [p for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]]
     which = torch.tensor([i > 0 and p != prompts[i - 1]
                           for i, p in enumerate(prompts)]).cumsum(0).to(device)      # (B,)
-    logits, cache = prefill(model, distinct)                                 # (P, V)
-    logits, longest = logits[which], cache.used                              # (B, V)
+    longest = max(map(len, prompts))
     size = longest + max(limits)
-    cache.select(which, size)
+    logits, cache = prefill(model, distinct, which, size)                    # (B, V)
     # Row b's t-th token uses the t-th uniform number of its own stream. float64: with fp32's 24
     # bits, tokens less likely than 6e-8 could never be drawn.
     uniforms = [np.random.Generator(np.random.Philox(key=seed)).random(max(limits))
@@ -154,26 +151,6 @@ def decode(model: Llama, prompts: list[list[int]], *, limits: list[int], seeds: 
             captured = CapturedStep(model, cache)
         logits = (captured(token) if graphs else
                   model.logits(model(token[:, None], cache=cache)[:, -1]))   # (B, V)
-
-
-def prefill(model: Llama, prompts: list[list[int]]) -> tuple[Tensor, Cache]:
-    """Run ragged prompts, padded on the right: logits after each one's last token (P, V), cache.
-
-    What all of them begin with, such as the judge's instructions, is run once. Below some 32 tokens
-    a pass of its own costs more than it saves.
-    """
-    device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
-    common = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)     # the rest is not empty
-    common = common if common >= 32 and len(prompts) > 1 else 0
-    tokens, lengths = pad([prompt[common:] for prompt in prompts], device)   # (P, T), (P,)
-    P, T = tokens.shape
-    cache = Cache(model.config, 1 if common else P, common or T, device=device, dtype=dtype)
-    if common:
-        model(torch.tensor([prompts[0][:common]], device=device), cache=cache)
-        cache.select(torch.zeros(P, dtype=torch.long, device=device), common + T)
-    hidden = model(tokens, cache=cache)                                      # (P, T, D)
-    cache.lengths = common + lengths
-    return model.logits(hidden[torch.arange(P, device=device), lengths - 1]), cache
 
 
 STRETCH = 8              # steps between two questions to a GPU about who has finished

@@ -3,6 +3,7 @@ import pytest
 import torch
 from checkpoints import random_llama
 
+import cache
 import rewards
 import sample as sampling
 from cache import shared_forward
@@ -111,7 +112,7 @@ def assert_same(ours, theirs):
         assert (torch.tensor(a.logp) - torch.tensor(b.logp)).abs().max() < 1e-6
 
 
-def test_what_all_prompts_begin_with_is_run_once_and_changes_no_result(llama):
+def test_what_all_prompts_begin_with_is_run_once_and_changes_no_result(llama, monkeypatch):
     (rubric,) = random_lists([40], seed=5)
     prompts = [rubric + prompt for prompt in PROMPTS] + [rubric]
     alone = [c for i, prompt in enumerate(prompts) for c in completions(
@@ -120,6 +121,10 @@ def test_what_all_prompts_begin_with_is_run_once_and_changes_no_result(llama):
     assert_same(completions(llama, prompts), alone)
     # One token fewer than the shortest prompt has: what predicts must be a row's own.
     assert shapes[:2] == [(1, 39), (4, 12)]
+    monkeypatch.setattr(cache, "PREFILL_TOKENS", 25)                      # two prompts at a time
+    shapes.clear()
+    assert_same(completions(llama, prompts), alone)
+    assert shapes[:3] == [(1, 39), (2, 2), (2, 12)]     # the shortest two first
 
 
 class Replayed:

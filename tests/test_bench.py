@@ -1,0 +1,81 @@
+"""The benchmarks run in their smallest form, pair by pair; the slope finds what it looks for."""
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "bench"))             # last: its memory.py must not hide the project's
+
+import measure  # noqa: E402
+
+from bench import memory as bench_memory  # noqa: E402
+from files import InputError  # noqa: E402
+
+SMALLEST = ["--shape", "tiny", "--threads", "1", "--pairs", "1", "--prompt-tokens", "5",
+            "--new-tokens", "7"]
+COMMANDS = {
+    "sampler": ["--no-memory", "--only", "4 x 8"],
+    "step": ["--no-memory", "--grpo-pairs", "1", "--vocabularies", "512"],
+    "memory": ["--only", "slope sampler ours", "--vocabularies", "512", "--lengths", "4", "8"],
+}
+
+
+def test_each_benchmark_runs_in_its_smallest_form(tmp_path):
+    """In one process, so that the peers' libraries are imported once."""
+    out = tmp_path / "results" / "all.jsonl"
+    program = "import json, runpy, sys\nfor sys.argv in json.loads(sys.argv[1]): " \
+              "runpy.run_path(sys.argv[0], run_name='__main__')"
+    commands = [[str(ROOT / f"bench/{name}.py"), *SMALLEST, *flags, "--out", str(out)]
+                for name, flags in COMMANDS.items()]
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(commands)],
+                          capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT / "bench")})
+    assert done.returncode == 0, done.stderr
+    sampler, step, memory = map(json.loads, out.read_text().splitlines())
+    assert [row["workload"] for row in sampler["rows"]] == ["4 x 8, 5 + 7"] * 2 + [
+        "4 x 8, 5 + 1..7"] * 2
+    assert [row["side"] for row in step["rows"]] == [
+        "ours", "transformers-full", "transformers-kept", "ours", "trl"]
+    for row in sampler["rows"] + step["rows"]:
+        assert row.get("skipped") == measure.missing(row["side"])     # else it has its figures
+        assert "skipped" in row or row["tokens_per_second"] > 0
+        assert "skipped" in row or row["side"] == "ours" or len(row["time_ratios"]) == 1
+    assert [p["tokens"] for p in memory["slopes"][0]["points"]] == [64, 128]
+    assert "skipped" in done.stdout or done.stdout.count("| trl ") == 1
+
+
+def test_ratios_are_taken_pair_by_pair_and_a_missing_peer_is_named(monkeypatch):
+    load, bounds = measure.Load("tiny"), {"read_gb_s": 1.0, "copy_gb_s": 1.0, "gflop_s": 1.0}
+    times = {"ours": [(1.0, 0.5), (4.0, 0.5)], "transformers": [(3.0, 0.5), (4.0, 0.5)], "trl": []}
+    present = {"transformers": True, "trl": None}
+    monkeypatch.setattr(measure.importlib.util, "find_spec", present.get)
+    memory = {"ours": {"idle": 1.0, "peak": 2.0}, "transformers": {"idle": 1.0, "peak": 4.0}}
+    ours, peer, trl = measure.record("w", load, times, memory, bounds, tokens=10)
+    assert peer["time_ratios"] == [3.0, 1.0] and peer["time_ratio"] == 2.0    # not 3.5 / 2.5
+    assert peer["memory_ratio"] == 0.5 and ours["tokens_per_second"] == 4.0
+    assert "trl is not installed" in trl["skipped"]
+    assert "trl is not installed" in measure.table([ours, peer, trl])
+
+
+@pytest.mark.parametrize("tensors", [0, 1, 3])
+def test_the_slope_counts_fp32_tensors_of_tokens_by_vocabulary(monkeypatch, tensors):
+    def grown(what, side, load):
+        tokens = load.rows * load.new_tokens
+        return {"idle": 1.0, "peak": 1.5 + tokens * (5000 + 4 * tensors * load.vocabulary) / 1e9}
+    monkeypatch.setattr(measure, "in_child", grown)
+    args = Namespace(only=["slope update ours"], vocabularies=[1000, 3000], lengths=[10, 20, 30])
+    (result,) = bench_memory.slopes(args, measure.Load("tiny"))
+    assert result["per_entry"] == pytest.approx(4 * tensors, abs=1e-6)
+    assert result["bytes_per_token"][1000] == pytest.approx(5000 + 4000 * tensors)
+
+
+@pytest.mark.parametrize("flags", [["--pairs", "0"], ["--out", "FILE/x"]])
+def test_bad_flags_are_refused_before_anything_runs(tmp_path, flags):
+    (tmp_path / "file").write_text("")
+    flags = [flag.replace("FILE", str(tmp_path / "file")) for flag in flags]
+    with pytest.raises(InputError, match=flags[0]):
+        measure.start(measure.parser("", pairs=5).parse_args(flags))
