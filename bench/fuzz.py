@@ -58,7 +58,7 @@ SEEDS = ["<Calculation>1+0+1+0+1+1+0=4</Calculation>\n<Score>4</Score>", "What i
 PIECES = ["<", ">", "/", "Score", "<Score>", "</Score>", "<Calculation>", "</Calculation>", "1+0+",
           "=4", "-", "$", ",", ".", "{,}", "\u2212", "#### ", "What is ", " + ", "?", "0", "123",
           "9" * 50, "\x00", "\n", "\u2028", "\ud800", "４", "٤", "é", "\U0001f600", " ", "\\"]
-# Repeated up to a megabyte.
+# Repeated up to a megabyte; 9999 follows, which spoils what is good up to its end.
 JUNK = ["the answer is 12, ", "<", "< ", "<Score>", "<Score>4", "<Score>4</Score>", "</Score>",
         "<Calculation>1+0", "1+", ",123", "1,234,567,", "1,", "-", "-$", "1.", "-1", "1{,}234", "9",
         "What is 1", " ", "\n", "\u2212", "é"]
@@ -95,6 +95,10 @@ def strings(count: int, seed: int) -> dict:
     return table
 
 
+def filled(junk: str, size: int) -> str:
+    return (junk * (size // len(junk) + 1))[:size - 4] + "9999"
+
+
 def linear(size: int = 10**6) -> dict:
     """Milliseconds of each parser on `size` characters, and how much longer than on half of them.
 
@@ -111,8 +115,7 @@ def linear(size: int = 10**6) -> dict:
     for name, (parse, _) in PARSERS.items():
         times = {}
         for junk in JUNK:
-            text = (junk * (size // len(junk) + 1))[:size]
-            times[junk] = milliseconds(parse, text[:size // 2]), milliseconds(parse, text)
+            times[junk] = [milliseconds(parse, filled(junk, n)) for n in (size // 2, size)]
         slowest = max(times, key=lambda junk: times[junk][1])
         # Below ten milliseconds one compares a busy machine's clock.
         ratios = [whole / half for half, whole in times.values() if half > 10]
