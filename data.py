@@ -45,7 +45,7 @@ def check_data(path: str, data: list, tokenizer: Tokenizer, room: int):
     path: the file that `data` came from, or a name for what came from none.
     """
     def refuse(n, reason):
-        where = f", {read_entries(path)[n][0]}" if Path(path).exists() else ""
+        where = f", {read_entries(path)[n][0]}" if Path(path).is_file() else ""   # not a pipe
         raise InputError(f"{path}{where}: {reason}")
 
     for n, (query, gold) in enumerate(data):

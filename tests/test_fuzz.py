@@ -1,4 +1,5 @@
 """The short form of bench/fuzz.py: parsers on mutated strings, loaders on mutated files."""
+import json
 import math
 import os
 import sys
@@ -60,3 +61,13 @@ def test_the_campaign_would_see_a_crash_a_hang_a_hunger_and_noise(monkeypatch, f
     monkeypatch.setitem(fuzz.FILES, "config.json", (use, 1))
     row = fuzz.loaders("config.json", 2, seed=1)
     assert (row["loaded"], row["failures"]) == (1, 1)
+
+
+def test_the_readmes_tables_are_the_stored_campaigns():
+    report = json.loads((ROOT / "bench/results/fuzz.json").read_text())
+    assert all(line in (ROOT / "README.md").read_text() for line in fuzz.table(report))
+    assert sum(row["files"] for row in report["files"].values()) == 10_000
+    assert sum(row["strings"] for row in report["strings"].values()) >= 100_000
+    rows = [*report["files"].values(), *report["strings"].values()]
+    assert not any(row["failures"] for row in rows)
+    assert all(row["ratio"] < 3 for row in report["linear"].values())
