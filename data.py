@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from chat import SURROGATE, Tokenizer
 from files import InputError
 from rewards import last_number
 
@@ -35,6 +36,38 @@ def read_data(path: str, *, gold: bool) -> list[tuple[str, str | None]]:
     if not data:
         raise InputError(f"{path}: no prompts in it")
     return data
+
+
+def check_data(path: str, data: list, tokenizer: Tokenizer, room: int):
+    """InputError with the line of a query that the tokenizer cannot spell, or whose prompt has more
+    than `room` tokens, or of a gold answer with half a character in it.
+
+    path: the file that `data` came from, or a name for what came from none.
+    """
+    def refuse(n, reason):
+        where = f", {read_entries(path)[n][0]}" if Path(path).is_file() else ""   # not a pipe
+        raise InputError(f"{path}{where}: {reason}")
+
+    for n, (query, gold) in enumerate(data):
+        for text in (query, *SURROGATE.findall(gold or "")):
+            if (strange := tokenizer.unspelt(text)) is not None:
+                refuse(n, f"the model's tokenizer cannot spell {strange!r}")
+    turns = [[{"role": "user", "content": query}] for query, _ in data]
+    for n, ids in enumerate(tokenizer.chats(turns)):
+        if len(ids) > room:
+            refuse(n, f"the prompt has {len(ids)} tokens; the model's context, less the answer's, "
+                   f"holds {room}")
+
+
+def opening(tokenizer: Tokenizer, name: str, prompt: str, new: int, context: int) -> list[int]:
+    """A prompt's chat ids; InputError if it has what cannot be spelt, or no room for `new` more."""
+    if (strange := tokenizer.unspelt(prompt)) is not None:
+        raise InputError(f"{name}: the tokenizer of {tokenizer.path} cannot spell {strange!r}")
+    ids = tokenizer.chat([{"role": "user", "content": prompt}])
+    if not 1 <= len(ids) <= context - new:
+        raise InputError(f"{name}: the prompt has {len(ids)} tokens: with {new} new ones it must "
+                         f"be at least 1 and fit into the context of {context}")
+    return ids
 
 
 def read_entries(path: str) -> list[tuple[str, object]]:

@@ -1,6 +1,7 @@
 """What a reader may skip: bad input in one line, JSON and prompt files,
 named models and the hub, devices."""
 import json
+import os
 import re
 from pathlib import Path
 
@@ -18,22 +19,58 @@ NAMES = {
     "skywork-v2-1b": "Skywork/Skywork-Reward-V2-Llama-3.2-1B",
     "skywork-v2-3b": "Skywork/Skywork-Reward-V2-Llama-3.2-3B",
 }
+SMALL = 64 * 2**20      # bytes: the largest tokenizer.json are about 35 million
 
 
 class InputError(Exception):
     """Something the user gave is wrong;
     the message is one line that names the file, the flag or the name."""
 
+    def __str__(self):
+        """One line whatever a file or a flag held: what does not print is spelt out."""
+        text = super().__str__()
+        text = text if len(text) <= 1000 else f"{text[:600]} ... {text[-400:]}"
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """folder/name; InputError if it leads out of the folder, or is no plain file.
+
+    A stranger's link must not make us read a file that lies elsewhere, and carry it into
+    checkpoints. The hub's cache counts as one folder: snapshots/REVISION/x -> ../../blobs/HASH.
+    """
+    try:
+        file, home = (Path(os.path.realpath(p)) for p in (folder / name, folder))
+    except ValueError:                                           # a null byte, half a character
+        raise InputError(f"{folder / name} cannot be a file's name") from None
+    home = home.parent.parent if home.parent.name == "snapshots" else home
+    if not file.is_relative_to(home):
+        raise InputError(f"{folder / name} is a link out of its directory: put the file itself "
+                         "there")
+    if os.path.exists(file) and not os.path.isfile(file):    # unlike Path's, these never raise
+        raise InputError(f"{folder / name} is not a file")
+    return folder / name
+
+
+def read_small(path: Path) -> str:
+    """The text of a file that is small by its nature; a leading byte order mark is dropped."""
+    try:
+        if path.stat().st_size > SMALL:
+            raise InputError(f"{path}: larger than {SMALL >> 20} MB")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
 
 def read_json(path: Path) -> dict:
     """A JSON file's object;
     InputError names the file when it is missing, broken or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = ("no such file" if isinstance(error, FileNotFoundError)
-                  else str(error).splitlines()[0])
-        raise InputError(f"{path}: {reason}") from None
+        value = json.loads(read_small(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -43,19 +80,22 @@ def find_model(name: str) -> Path:
     """A directory as it is; a known name or a hub id (owner/name) fetched from the hub,
     or from its local cache.
 
-    Only configuration, tokenizer and *.safetensors are fetched.
+    Only configuration, tokenizer, the two prompts and *.safetensors are fetched.
     InputError: gated, no network, unknown.
     """
     name = NAMES.get(name, name)
-    if name and Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     repo = name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
         raise InputError(f"model {name!r}: no such directory, and not one of {', '.join(NAMES)} "
                          "or a hub id owner/name")
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", "*.json", "*.jinja"],
-                                      ignore_patterns=["*/*"]))
+        # Their * also matches a slash; of the folders, only prompts/ is wanted.
+        kinds = ["*.safetensors", "*.json", "*.jinja"]
+        return Path(snapshot_download(
+            repo, allow_patterns=[*kinds, "prompts/challenger.txt", "prompts/self_reward.txt"],
+            ignore_patterns=["*/" + kind for kind in kinds]))
     except errors.GatedRepoError:
         raise InputError(f"model {repo} is gated: accept its licence at "
                          f"https://huggingface.co/{repo}, make a token "
@@ -73,17 +113,20 @@ def find_model(name: str) -> Path:
                          "give DIR in place of the name") from None
 
 
-def read_prompt(path) -> str:
-    """A prompt file's text, outer blanks removed."""
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+def read_prompt(path, places=()) -> str:
+    """A prompt file's text, outer blanks removed; refused if empty, or without a {place}."""
+    text = read_small(Path(path)).strip()
+    if not text:
+        raise InputError(f"{path}: nothing in it")
+    for name in places:
+        if f"{{{name}}}" not in text:
+            raise InputError(f"{path}: no {{{name}}} in it, so the {name} would go unseen")
+    return text
 
 
 def prompt_file(model_path: Path, name: str) -> Path:
     """prompts/NAME.txt of the model's directory, if it has a language of its own, or ours."""
-    own = model_path / "prompts" / f"{name}.txt"
+    own = inside(model_path, f"prompts/{name}.txt")
     return own if own.exists() else HERE / "prompts" / f"{name}.txt"
 
 

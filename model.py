@@ -26,7 +26,7 @@ from cache import Cache, Continuation, Prompts
 # A checkpoint is weights and tokenizer: one room opens both.
 from chat import Tokenizer  # noqa: F401
 from config import Config, parse_config
-from files import InputError, read_json
+from files import InputError, inside, read_json
 
 # What save_model carries over from the source directory,
 # so that a checkpoint is complete by itself.
@@ -231,14 +231,20 @@ class Llama(nn.Module):
 def weight_files(path: Path) -> list[Path]:
     """The model's safetensors: one file, or the shards that an index names
     (files beside it, nowhere else)."""
-    index = path / "model.safetensors.index.json"
+    index = inside(path, "model.safetensors.index.json")
     if not index.exists():
-        return [path / "model.safetensors"]
+        return [inside(path, "model.safetensors")]
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(
             isinstance(f, str) and Path(f).name == f for f in shards.values()):
         raise InputError(f"{index}: weight_map must map tensor names to file names")
-    return [path / file for file in sorted(set(shards.values()))]
+    return [inside(path, file) for file in sorted(set(shards.values()))]
+
+
+def read_config(path) -> Config:
+    """What a directory's config.json says; InputError for what this forward pass does not do."""
+    file = inside(Path(path), "config.json")
+    return parse_config(read_json(file), str(file))
 
 
 def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
@@ -249,7 +255,7 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
     surplus or misshapen tensor.
     """
     path = Path(path)
-    raw = read_json(path / "config.json")
+    raw = read_json(inside(path, "config.json"))
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"         # of its checkpoints
     if stored not in ("float64", "float32", "float16", "bfloat16"):
         raise InputError(f"{path / 'config.json'}: dtype {stored!r} is not supported")
@@ -277,7 +283,7 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
                         raise InputError(
                             f"{file}: tensor {name} has dtype {about.get_dtype()}, not a float")
                     state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
             reason = ("no such file" if isinstance(error, FileNotFoundError)
                       else f"not readable: {error}")
             raise InputError(f"{file}: {reason}") from None
@@ -288,7 +294,7 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
     model.load_state_dict(state, assign=True)
     model.raw_config = raw
     model.carried = {
-        name: (path / name).read_bytes() for name in CARRIED if (path / name).is_file()}
+        name: inside(path, name).read_bytes() for name in CARRIED if (path / name).exists()}
     return model
 
 

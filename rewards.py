@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cache import shared_forward
-from chat import Tokenizer, fill
+from chat import Tokenizer, fill, fit
 from files import InputError
 from model import Llama, load_model
 from sample import sample, take_batch, text_of
@@ -57,21 +57,28 @@ def last_hidden(model: Llama, rows: list[list[int]], groups: list, batch_tokens:
 
 class RewardModel:
     """A LlamaForSequenceClassification with one label, as Skywork-Reward-V2: the logit at the last
-    token of the chat-formatted pair (query as the user's turn, answer as the assistant's)."""
+    token of the chat-formatted pair (query as the user's turn, answer as the assistant's).
+
+    A pair that its context does not hold is scored without the end of the answer (chat.fit);
+    `shortened` says for how many pairs of the last call.
+    """
 
     def __init__(self, path, *, device="cpu", dtype=torch.float32, batch_tokens: int = 16384):
         self.tokenizer = Tokenizer(path)
         self.model = load_model(path, device=device, dtype=dtype)
         self.batch_tokens = batch_tokens
+        self.shortened = 0
         if not self.model.config.scalar_head:
             raise InputError(f"{path}: not a reward model (config.json asks for no "
                              "LlamaForSequenceClassification)")
 
     def __call__(self, queries: list[str], answers: list[str], golds=None) -> Tensor:
         """(M,) fp32 on the CPU: higher is better, scale and zero are the model's own."""
-        rows = [self.tokenizer.chat(
-                    [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
-                    generation_prompt=False) for q, a in zip(queries, answers)]
+        turns = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+        fitted = fit(self.tokenizer, list(zip(queries, answers)), turns,
+                     self.model.config.max_position_embeddings, generation_prompt=False)
+        rows = [ids for ids, _, _ in fitted]
+        self.shortened = sum(cut for _, _, cut in fitted)
         hidden = last_hidden(self.model, rows, queries, self.batch_tokens)   # (M, D)
         with torch.no_grad():
             return self.model.score(hidden).float().cpu()
@@ -92,29 +99,34 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
     expected: the judge's turn is started with "<Score>" and the score is the expectation over the
     next token among 0..7, renormalised: one forward pass, nothing to parse; record: mass, the
     probability that these eight had. Below .5 the judge wanted to say something else.
+    A pair that the judge's context does not hold is judged without the end of the answer
+    (chat.fit); both records say so: shortened.
     """
-    turns = [[{"role": "user", "content": fill(prompt, instruction=q, response=a)}]
-             for q, a in zip(queries, answers)]
-    prompts = [tokenizer.chat(turn) for turn in turns]
+    start = tokenizer.encode("<Score>")
+    room = judge.config.max_position_embeddings - (
+        len(start) if reading == "expected" else max_new_tokens)
+    turn = lambda q, a: [{"role": "user", "content": fill(prompt, instruction=q, response=a)}]
+    fitted = fit(tokenizer, list(zip(queries, answers)), turn, room)
+    prompts, shortened = [ids for ids, _, _ in fitted], [cut for _, _, cut in fitted]
     if reading == "expected":
         digits = [tokenizer.encode(str(k)) for k in range(8)]
         if any(len(d) != 1 for d in digits):
             raise InputError("--self-reward expected needs a tokenizer with one token "
                              "for each of the digits 0..7")
-        start = tokenizer.encode("<Score>")
         hidden = last_hidden(judge, [p + start for p in prompts], queries, min(16384, batch_tokens))
         with torch.no_grad():
             p = judge.logits(hidden).softmax(-1)[:, [d[0] for d in digits]].cpu()   # (M, 8)
         mass = p.sum(-1)                                                     # (M,)
-        return (p * torch.arange(8.0)).sum(-1) / mass, [{"mass": m} for m in mass.tolist()]
+        return (p * torch.arange(8.0)).sum(-1) / mass, [
+            {"mass": m, "shortened": cut} for m, cut in zip(mass.tolist(), shortened)]
     written = sample(judge, prompts, max_new_tokens=max_new_tokens, temperature=temperature,
                      stop_ids=tokenizer.stop_ids, generator=generator, batch_tokens=batch_tokens)
     scores, records = [], []
-    for (judgement,) in written:
+    for (judgement,), cut in zip(written, shortened):
         text = text_of(tokenizer, judgement)
         score, reason = parse_self_reward(text, stopped=judgement.stopped)
         scores.append(float("nan") if score is None else score)
-        records.append({"judgement": text, "reason": reason})
+        records.append({"judgement": text, "reason": reason, "shortened": cut})
     return torch.tensor(scores, dtype=torch.float32), records
 
 
@@ -184,7 +196,8 @@ def parse_self_reward(text: str, *, stopped: bool = True) -> tuple[int | None, s
 # ---------------------------------------------------------------- verifiable rewards
 
 NUMBER = re.compile(r"(?<![0-9A-Za-z)])-\$?(?=[.]?[0-9])"
-                    r"|[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])(?:\.[0-9]+)?"
+                    # A lookahead after each group: one after all of them reads ",123" * n in n^2.
+                    r"|[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))++(?:\.[0-9]+)?"
                     r"|[0-9]++(?:\.[0-9]+)?|\.[0-9]+")
 
 
@@ -192,13 +205,14 @@ def last_number(text: str) -> Decimal | None:
     """The last number of a text as GSM8K writes them ($1,234.50, -3, 42., \\boxed{7}), or None."""
     # LaTeX's thousands comma, the minus sign.
     text = text.replace("{,}", ",").replace("\u2212", "-")
-    sign, last = "", None
+    before = last = None
     for match in NUMBER.finditer(text):
-        if match[0][0] == "-":
-            sign = "-"
-            continue
-        last, sign = sign + match[0].replace(",", ""), ""
-    return None if last is None else Decimal(last)
+        before, last = last, match
+    if last is None:
+        return None
+    # A minus sign is a match of its own, and the number follows at once.
+    minus = before is not None and before[0][0] == "-" and before.end() == last.start()
+    return Decimal("-" * minus + last[0].replace(",", ""))
 
 
 def exact(queries: list[str], answers: list[str], golds: list[str]) -> Tensor:

@@ -134,6 +134,7 @@ def measure(s, r) -> dict:
         "truncated_answers": share([not row.stopped for row in rows]),
         "unread": share([reason is not None for reason in reasons]),
         "parse_failures": dict(failures) if reasons else None,
+        "shortened": r.shortened,
         "judge_mass": share([j["mass"] for j in r.judgements if "mass" in j]),
     }
 

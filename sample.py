@@ -278,15 +278,21 @@ def main():
     args = parser.parse_args()
     if (args.prompt is not None) + args.chat + args.challenger != 1:
         raise InputError('give one of: a prompt, --chat, --challenger')
-    if args.max_new_tokens < 1 or not 0 <= args.temperature < 1e6 or args.seed < 0:
-        raise InputError("--max-new-tokens must be at least 1, --temperature and --seed at least 0")
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < 1e6 or not 0 <= args.seed < 2**63:
+        raise InputError("--max-new-tokens must be at least 1, --temperature and --seed at least 0 "
+                         "(and below 1e6 and 2^63)")
+    fills = [name for name in ("task", "template") if getattr(args, name) != "None"]
+    if not args.challenger and (fills or args.challenger_prompt):
+        raise InputError(f"--{(*fills, 'challenger-prompt')[0]} is for --challenger")
     path = find_model(args.model)
     device, dtype = pick_device(args.device)
     tokenizer, model = Tokenizer(path), load_model(path, device=device, dtype=dtype)
+    if model.config.scalar_head:
+        raise InputError(f"{args.model} is a reward model, which cannot write")
     say = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
 
     if args.challenger:
-        prompt = read_prompt(args.challenger_prompt or prompt_file(path, "challenger"))
+        prompt = read_prompt(args.challenger_prompt or prompt_file(path, "challenger"), fills)
         prompt = fill(prompt, task=args.task, template=args.template)
         stream(model, tokenizer, [{"role": "user", "content": prompt}], seed=args.seed, **say)
         return

@@ -3,17 +3,20 @@
 Command line, over the model's preset, over the algorithm's preset, over the defaults. A model's
 preset is training.json in its directory; checkpoints carry it: a second stage keeps its world.
 """
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import lsp
 import rewards
-from files import InputError, find_model, prompt_file, read_json
+from chat import SURROGATE
+from files import NAMES, InputError, find_model, inside, prompt_file, read_json
 from tiny.world import MIXES
 
 
-def setting(default, help, least=None, choices=None):
-    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
+def setting(default, help, least=None, most=10**9, choices=None):
+    return field(default=default, metadata={"help": help, "least": least, "most": most,
+                                            "choices": choices})
 
 
 @dataclass
@@ -38,20 +41,21 @@ class Settings:
     prompts: str | None = setting(None, "grpo: JSON list or JSON lines with instruction, question, "
                                   "problem or prompt; in the embedded world easy or balanced")
 
-    queries: int = setting(8, "N, queries a step", 1)
-    answers: int = setting(8, "G, answers a query (the paper does not say)", 2)
-    steps: int = setting(500, "iterations, one gradient step each", 1)
+    queries: int = setting(8, "N, queries a step", 1, 10**5)
+    answers: int = setting(8, "G, answers a query (the paper does not say)", 2, 10**5)
+    steps: int = setting(500, "iterations, one gradient step each", 1, 10**7)
     beta: float = setting(0.05, "weight of the KL term; 0: no reference model", 0)
     kl: str = setting("k2", "KL estimator, see lsp.py", choices=lsp.KL_ESTIMATORS)
     alpha_ch: float = setting(1.0, "weight of the Challenger's loss (the paper does not say)", 0)
-    temperature: float = setting(1.0, "of queries and answers, in sampling and log-probs alike")
+    temperature: float = setting(1.0, "of queries and answers, in sampling and log-probs alike",
+                                 0.001, 1000)
     query_tokens: int = setting(256, "longest query", 1)
     answer_tokens: int = setting(512, "longest answer", 1)
     judge_tokens: int = setting(256, "longest judgement", 1)
     mask_truncated: bool = setting(False, "leave cut-off queries and answers out of the loss")
 
     learning_rate: float = setting(3e-6, "of AdamW, at its highest", 0)
-    final_lr_share: float = setting(0.0, "share of it at which the linear decay ends", 0)
+    final_lr_share: float = setting(0.0, "share of it at which the linear decay ends", 0, 1)
     warmup: int = setting(0, "steps of linear warm-up", 0)
     weight_decay: float = setting(0.0, "AdamW's", 0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: any", 0)
@@ -63,7 +67,7 @@ class Settings:
     eval_prompts: str | None = setting(None, "held-out prompts: reward, win-rate against the start")
     eval_every: int = setting(50, "steps between evaluations", 1)
     save_every: int = setting(50, "steps between checkpoints", 1)
-    seed: int = setting(0, "of everything random", 0)
+    seed: int = setting(0, "of everything random", 0, 2**63 - 1)
     out: str | None = setting(None, "run folder, new (default: runs/MODEL-ALGO-SEED)")
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     watch: bool = setting(False, "play one round, print it as a transcript, update nothing")
@@ -72,6 +76,17 @@ class Settings:
 ALGOS = {"lsp": {"self_reward": "generate"}, "lsp-zero": {}, "grpo": {"learning_rate": 1e-6}}
 GPU = {"checkpointing": True, "micro_batch_tokens": 8192}
 MODELS = {"llama-3.2-1b": {"reward": "skywork-v2-1b"} | GPU, "llama-3.2-3b": GPU}
+STRANGERS_MAY_SET = ("task", "template", "reward", "mask_truncated", "checkpointing")
+# Flags that name something which only some runs use; given to another run, they are refused.
+# Numbers are not: one command line may serve a sweep over algorithms.
+NEEDS = {
+    "a Challenger: --algo lsp or lsp-zero": (
+        lambda s: s.algo != "grpo", ("task", "template", "challenger_prompt")),
+    "a judge: --algo lsp": (lambda s: s.algo == "lsp", ("judge", "self_reward_prompt")),
+    "a KL term, --beta above 0, or a judge": (
+        lambda s: s.beta > 0 or s.algo == "lsp" and not s.judge, ("reference",)),
+    "a run that trains: no --watch": (lambda s: not s.watch, ("out", "eval_prompts")),
+}
 
 
 def resolve(given: dict) -> tuple[Settings, dict]:
@@ -82,9 +97,25 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     name = given.get("model", Settings.model)
     path = find_model(name)
     preset = MODELS.get(name, {})
-    file = path / "training.json"
+    file = inside(path, "training.json")
     if file.exists():
-        preset = preset | read_json(file)
+        preset = preset | read_preset(file)
+    algo = given.get("algo", preset.get("algo", Settings.algo))
+    s = Settings(**ALGOS[algo] | preset | given)
+    for needs, (met, flags) in NEEDS.items():
+        for flag in flags if not met(s) else ():
+            if flag in given:
+                raise InputError(f"--{flag.replace('_', '-')} is not used here: it needs {needs}")
+    s.challenger_prompt = s.challenger_prompt or str(prompt_file(path, "challenger"))
+    s.self_reward_prompt = s.self_reward_prompt or str(prompt_file(path, "self_reward"))
+    check(s)
+    return s, preset
+
+
+def read_preset(file: Path) -> dict:
+    """training.json's settings. It may be a stranger's: what it can set is how the game is played,
+    numbers and choices, and no path on this machine."""
+    preset = read_json(file)
     known = {f.name: f for f in fields(Settings)}
     for key, value in preset.items():
         kind = known[key].type if key in known else None
@@ -93,24 +124,29 @@ def resolve(given: dict) -> tuple[Settings, dict]:
         choices = known[key].metadata["choices"] if good else None
         if not good or choices and value not in choices:
             raise InputError(f"{file}: {key} = {value!r} is no setting, or not of its type")
-    algo = given.get("algo", preset.get("algo", Settings.algo))
-    s = Settings(**ALGOS[algo] | preset | given)
-    s.challenger_prompt = s.challenger_prompt or str(prompt_file(path, "challenger"))
-    s.self_reward_prompt = s.self_reward_prompt or str(prompt_file(path, "self_reward"))
-    check(s)
-    return s, preset
+        if kind not in (int, float) and not choices and key not in STRANGERS_MAY_SET or (
+                key == "reward" and value not in (*rewards.VERIFIABLE, *NAMES)):
+            raise InputError(f"{file}: {key} can be set on the command line alone")
+        check_range(f"{file}: {key}", known[key], value)
+    return preset
+
+
+def check_range(name: str, f, value):
+    least, most = f.metadata["least"], f.metadata["most"]
+    if least is not None and not least <= value <= most:
+        raise InputError(f"{name} must be at least {least} and at most {most}, found {value}")
 
 
 def check(s: Settings):
     """Refuse what cannot work, with the reason."""
     for f in fields(s):
-        value, least = getattr(s, f.name), f.metadata["least"]
-        if least is not None and not least <= value < float("inf"):
-            flag = "--" + f.name.replace("_", "-")
-            raise InputError(f"{flag} must be at least {least}, found {value}")
-    if not 0 < s.temperature < float("inf"):
-        raise InputError(f"--temperature {s.temperature}: training needs a distribution: above 0")
-    if s.out and Path(s.out).exists():
+        value, flag = getattr(s, f.name), "--" + f.name.replace("_", "-")
+        check_range(flag, f, value)
+        if isinstance(value, str) and (SURROGATE.search(value) or "\0" in value):
+            raise InputError(f"{flag} {value}: not text in UTF-8")
+    if s.warmup > s.steps:
+        raise InputError(f"--warmup {s.warmup} is longer than the run, --steps {s.steps}")
+    if s.out and os.path.lexists(s.out):
         raise InputError(f"--out {s.out} exists already; nothing is overwritten: choose another")
     if s.algo == "grpo" and not s.prompts:
         raise InputError("--algo grpo learns from data: give --prompts FILE")

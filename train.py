@@ -24,13 +24,13 @@ from torch import Tensor
 import lsp
 import rewards
 import runs
-from chat import Tokenizer, fill
-from data import CHALLENGE, JUDGE, SOLVE, draw, generator, read_data
+from chat import Tokenizer, fill, fit
+from data import CHALLENGE, JUDGE, SOLVE, check_data, draw, generator, opening, read_data
 from eval import evaluate, evaluate_world
 from files import InputError, find_model, pick_device, read_prompt
 from gradient import Row, accumulate
 from memory import MasterAdamW
-from model import Llama, load_model, save_model
+from model import Llama, load_model, read_config, save_model
 from sample import Completion, sample, text_of
 from settings import Settings, resolve, run_name
 from tiny import world as tiny_world
@@ -51,6 +51,7 @@ class Game:
     judge_prompt: str | None = None        # with {instruction} and {response} to fill
     challenger_prompt: list[int] | None = None    # <cp> as token ids; None with grpo
     data: list = ()                        # grpo: (query, gold); else empty
+    held_out: list = ()                    # those of --eval-prompts
     world: ModuleType | None = None        # the embedded world, where it is played
 
 
@@ -64,22 +65,32 @@ def set_up(s: Settings) -> Game:
     reference_path = find_model(s.reference) if s.reference else start
     judge_path = find_model(s.judge) if s.judge else reference_path
     world = tiny_world if s.reward == "tiny" else None
-    data = []
+    data, held_out, gold = [], [], s.reward in rewards.NEED_GOLD
     if s.algo == "grpo" and world and s.prompts in world.MIXES:
-        data = world.prompts(s.prompts, s.queries * s.steps, seed=s.seed)
+        data = world.prompts(s.prompts, min(s.queries * s.steps, 10**5), seed=s.seed)
     elif s.algo == "grpo":
-        data = read_data(s.prompts, gold=s.reward in rewards.NEED_GOLD)
+        data = read_data(s.prompts, gold=gold)
+    if s.eval_prompts:
+        held_out = read_data(s.eval_prompts, gold=gold)
     tokenizer = Tokenizer(start)
-    strange = next((piece for q, _ in data if (piece := tokenizer.unspelt(q)) is not None), None)
-    if strange is not None:
-        raise InputError(f"{s.prompts}: the model's tokenizer cannot spell {strange!r}")
-    game = Game(s, None, tokenizer, rewards.VERIFIABLE.get(s.reward), data=data, world=world)
+    context = read_config(start).max_position_embeddings
+    check_data(s.prompts, data, tokenizer, context - s.answer_tokens)
+    check_data(s.eval_prompts, held_out, tokenizer, context - s.answer_tokens)
+    game = Game(s, None, tokenizer, rewards.VERIFIABLE.get(s.reward), data=data, held_out=held_out,
+                world=world)
     if s.algo != "grpo":
-        prompt = fill(read_prompt(s.challenger_prompt), task=s.task, template=s.template)
-        game.challenger_prompt = tokenizer.chat([{"role": "user", "content": prompt}])
+        given = [name for name in ("task", "template") if getattr(s, name) != "None"]
+        prompt = fill(read_prompt(s.challenger_prompt, given), task=s.task, template=s.template)
+        game.challenger_prompt = opening(tokenizer, s.challenger_prompt, prompt, s.query_tokens,
+                                         context)
+        opening(tokenizer, "--query-tokens and --answer-tokens", "",
+                s.query_tokens + s.answer_tokens, context)
     if s.self_reward:
-        game.judge_tokenizer = Tokenizer(judge_path)
-        game.judge_prompt = read_prompt(s.self_reward_prompt)
+        game.judge_tokenizer = tokenizer if judge_path == start else Tokenizer(judge_path)
+        game.judge_prompt = read_prompt(s.self_reward_prompt, ("instruction", "response"))
+        opening(game.judge_tokenizer, s.self_reward_prompt,
+                fill(game.judge_prompt, instruction="", response=""), s.judge_tokens,
+                read_config(judge_path).max_position_embeddings)
     if not game.reward:
         game.reward = rewards.RewardModel(find_model(s.reward), device=device, dtype=dtype)
     shared = s.self_reward and judge_path == reference_path
@@ -102,7 +113,7 @@ def set_up(s: Settings) -> Game:
 @dataclass
 class Round:
     """One round of play. Tensors and lists of N queries, and of N groups of G answers."""
-    queries: list[str]
+    queries: list[str]                     # as they were asked (see `shortened`)
     golds: list[str | None]
     query_rows: list[Completion]           # (N), empty where the queries are data
     solver_prompts: list[list[int]]        # (N)
@@ -114,6 +125,7 @@ class Round:
     kept: Tensor                           # (N,) bool: not held out for evaluation
     A_sol: Tensor                          # (N, G)
     A_ch: Tensor | None                    # (N,)
+    shortened: dict[str, int]              # texts cut to fit a context: queries, rewarded, judged
     seconds: dict[str, float]              # by phase
     tokens: dict[str, int]                 # by phase
 
@@ -142,8 +154,13 @@ def play(game: Game, step: int) -> Round:
         golds = [None] * s.queries
         lap("challenge", query_rows)
 
-    # Solve: a ~ pi_Sol(a|q) = pi(a | q as a plain user turn), G times.
-    solver_prompts = [game.tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
+    # Solve: a ~ pi_Sol(a|q) = pi(a | q as a plain user turn), G times. A query whose text takes
+    # more tokens than the Challenger wrote, more than the context holds, is asked without its end.
+    fitted = fit(game.tokenizer, [(q,) for q in queries],
+                 lambda q: [{"role": "user", "content": q}],
+                 game.policy.config.max_position_embeddings - s.answer_tokens)
+    solver_prompts, queries = [ids for ids, _, _ in fitted], [q for _, (q,), _ in fitted]
+    shortened = {"queries": sum(cut for _, _, cut in fitted)}
     answer_rows = sample(game.policy, solver_prompts, num_samples=G, max_new_tokens=s.answer_tokens,
                          generator=generator(s.seed, step, SOLVE), **speak)
     answers = [[text_of(game.tokenizer, row) for row in group] for group in answer_rows]
@@ -157,6 +174,7 @@ def play(game: Game, step: int) -> Round:
     R = game.reward(asked, answered, gold)[at]                                       # (N, G)
     if s.reward in rewards.VERIFIABLE:     # cut off is not answered: "#### 4" may be half of 42
         R = R * torch.tensor([[row.stopped for row in group] for group in answer_rows])
+    shortened["rewarded"] = getattr(game.reward, "shortened", 0)
     lap("reward")
     R_Q, judgements = None, []
     if game.judge is not None:
@@ -169,6 +187,7 @@ def play(game: Game, step: int) -> Round:
             generator=generator(s.seed, step, JUDGE), batch_tokens=s.batch_tokens)
         R_Q = rewards.fill_unread(scores[at])                                        # (N, G)
         judgements = [records[i] for i in at.flatten().tolist()]
+        shortened["judged"] = sum(record["shortened"] for record in records)
         lap("judge")
 
     # Advantages, over the queries that may be learnt from.
@@ -181,7 +200,7 @@ def play(game: Game, step: int) -> Round:
     if query_rows and kept.sum() >= 2:
         A_ch[kept] = lsp.challenger_advantages(s.reward_scale * R[kept], quality)    # Eq. 3
     return Round(queries, golds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
-                 judgements, kept, A_sol, A_ch, seconds, tokens)
+                 judgements, kept, A_sol, A_ch, shortened, seconds, tokens)
 
 
 # ---------------------------------------------------------------- update
@@ -222,9 +241,8 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
 # ---------------------------------------------------------------- the loop
 
 def train(s: Settings, preset: dict):
-    gold = s.reward in rewards.NEED_GOLD
-    held_out = read_data(s.eval_prompts, gold=gold) if s.eval_prompts else None
     game = set_up(s)
+    held_out = game.held_out
     dtype = pick_device(s.device)[1]
     if s.watch:
         game.policy.to(dtype)

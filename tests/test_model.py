@@ -317,7 +317,7 @@ def test_fill_never_fills_what_a_value_brought_in():
 
 @pytest.mark.parametrize("change, message", [
     ({"torch_dtype": "int8"}, "dtype 'int8'"), ({"torch_dtype": "auto"}, "dtype 'auto'"),
-    ({"num_hidden_layers": 10**9}, "layers cannot be meant")])
+    ({"num_hidden_layers": 10**9}, "layers = 1000000000 cannot be meant")])
 def test_a_config_that_could_only_fail_later_is_refused_at_once(tmp_path, change, message):
     write_checkpoint(tmp_path / "m", "untied")
     config = json.loads((tmp_path / "m/config.json").read_text()) | change

@@ -154,7 +154,7 @@ def test_text_that_the_tiny_model_cannot_spell_gets_one_clear_line(base, tmp_pat
     assert base[1].unspelt("What is 37 + 48?") is None and base[1].unspelt("What is zebra?") == "z"
     (tmp_path / "p.json").write_text('[{"prompt": "What is love?"}]')
     s, _ = resolve({"algo": "grpo", "prompts": str(tmp_path / "p.json")})
-    with pytest.raises(InputError, match=r"p.json: the model's tokenizer cannot spell 'l'"):
+    with pytest.raises(InputError, match="p.json, entry 1: the model's tokenizer cannot spell 'l'"):
         train.set_up(s)
 
 
