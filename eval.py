@@ -6,6 +6,7 @@ Runs whose folders differ only in a last number (tiny-lsp-1, tiny-lsp-2) are see
 thin lines, and their mean as a thick one.
 """
 import json
+import math
 import re
 from pathlib import Path
 
@@ -41,12 +42,13 @@ def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list
     """
     queries, golds = map(list, zip(*held_out))
     answers, stopped = greedy(game, queries)
-    ours = game.reward(queries, answers, golds)                                            # (len,)
+    ours = rewards.as_rewards(game.reward(queries, answers, golds), len(queries))          # (len,)
     if game.settings.reward in rewards.VERIFIABLE:         # as in training: cut off is not answered
         ours = ours * stopped
     answered = [{"query": q, "answer": a, "reward": r}
                 for q, a, r in zip(queries, answers, ours.tolist())]
-    theirs = torch.tensor([record["reward"] for record in start or answered])              # (len,)
+    theirs = torch.tensor([math.nan if record["reward"] is None else record["reward"]
+                           for record in start or answered])                               # (len,)
     wins = (ours > theirs).float() + (ours == theirs).float() / 2
     figures = {"reward": ours.mean().item(), "win_rate": wins.mean().item(), "n": len(held_out)}
     return figures, answered

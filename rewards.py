@@ -67,6 +67,18 @@ class RewardModel:
             return self.model.score(last_hidden(self.model, rows, self.batch_tokens)).float().cpu()
 
 
+def as_rewards(values, count: int) -> Tensor:
+    """What a reward returned, as (count,) fp32 on the CPU; all NaN where that cannot be.
+
+    A NaN that reaches the update skips it, and is counted (faults.py).
+    """
+    try:
+        R = torch.as_tensor(values, dtype=torch.float32).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        R = torch.tensor([])
+    return R if R.shape == (count,) else torch.full((count,), float("nan"))
+
+
 # ---------------------------------------------------------------- self-reward
 
 def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers: list[str], *,
@@ -81,7 +93,8 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
     record: judgement (text), reason (None or why unread).
     expected: the judge's turn is started with "<Score>" and the score is the expectation over the
     next token among 0..7, renormalised: one forward pass, nothing to parse; record: mass, the
-    probability that these eight had. Below .5 the judge wanted to say something else.
+    probability that these eight had. Below .5 the judge wanted to say something else. A score that
+    is not finite is unread, for the reason not_finite.
     """
     turns = [[{"role": "user", "content": fill(prompt, instruction=q, response=a)}]
              for q, a in zip(queries, answers)]
@@ -96,7 +109,9 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
         with torch.no_grad():
             p = judge.logits(hidden).softmax(-1)[:, [d[0] for d in digits]].cpu()   # (M, 8)
         mass = p.sum(-1)                                                     # (M,)
-        return (p * torch.arange(8.0)).sum(-1) / mass, [{"mass": m} for m in mass.tolist()]
+        scores = (p * torch.arange(8.0)).sum(-1) / mass                              # (M,)
+        return scores, [{"mass": m} | ({"reason": "not_finite"} if unread else {})
+                        for m, unread in zip(mass.tolist(), scores.isnan().tolist())]
     written = sample(judge, prompts, max_new_tokens=max_new_tokens, temperature=temperature,
                      stop_ids=tokenizer.stop_ids, generator=generator, batch_tokens=batch_tokens)
     scores, records = [], []
