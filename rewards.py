@@ -70,11 +70,11 @@ class RewardModel:
 def as_rewards(values, count: int) -> Tensor:
     """What a reward returned, as (count,) fp32 on the CPU; all NaN where that cannot be.
 
-    A NaN that reaches the update skips it, and is counted (faults.py).
+    A NaN that reaches the update skips it, and is counted (phases.py).
     """
     try:
         R = torch.as_tensor(values, dtype=torch.float32).cpu()
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         R = torch.tensor([])
     return R if R.shape == (count,) else torch.full((count,), float("nan"))
 

@@ -30,11 +30,11 @@ import runs
 from chat import Tokenizer, fill
 from data import CHALLENGE, JUDGE, SOLVE, draw, generator, read_data
 from eval import evaluate, evaluate_world, read_lines
-from faults import Phases, StopRequest, culprits, out_of_memory, unsound
 from files import InputError, find_model, pick_device, read_prompt
 from gradient import Row, accumulate
 from memory import MasterAdamW
 from model import Llama, load_model, save_model
+from phases import Phases, StopRequest, culprits, out_of_memory, unsound
 from sample import Completion, sample, text_of
 from settings import Settings, resolve, run_name
 from tiny import world as tiny_world

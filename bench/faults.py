@@ -1,7 +1,7 @@
 """Kill, starve and corrupt runs at random moments; each must end as if nothing had happened.
 
     python bench/faults.py                    # the table of README.md; minutes are in its JSON line
-    python bench/faults.py --quick            # 8 kills and a few of everything else, for the tests
+    python bench/faults.py --quick            # 8 kills and one of everything else, for the tests
 
 Every life of a run is a process of its own (forked, so that it need not import torch again) that
 calls train.py's main() with --requeue. A trial recovers when the run reaches its last step; it
@@ -30,7 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
 from checkpoints import write_checkpoint  # noqa: E402
 
-import faults  # noqa: E402
+import phases  # noqa: E402
 import rewards  # noqa: E402
 import runs  # noqa: E402
 import train  # noqa: E402
@@ -44,10 +44,10 @@ GAMES = {"lsp": ["--reward", "rm"], "lsp-zero": ["--reward", "rm", "--algo", "ls
          "grpo": ["--algo", "grpo", "--prompts", "p.jsonl", "--reward", "exact"]}
 # name: (trials, trials with --quick); a kill is a trial of its own
 CAMPAIGN = {"kill -9 at a random moment": (60, 4), "kill -9 inside checkpoint writing": (60, 4),
-            "SIGTERM or SIGINT, every third twice": (30, 3), "checkpoint file cut": (30, 3),
-            "checkpoint bit flipped": (30, 3), "checkpoint left half-written": (20, 2),
-            "records cut or half a line more": (20, 2), "disk full": (20, 2),
-            "NaN or infinity injected": (20, 4), "rubbish from reward or judge": (20, 2)}
+            "SIGTERM or SIGINT, every third twice": (30, 1), "checkpoint file cut": (30, 1),
+            "checkpoint bit flipped": (30, 1), "checkpoint left half-written": (20, 1),
+            "records cut or half a line more": (20, 1), "disk full": (20, 1),
+            "NaN or infinity injected": (20, 1), "rubbish from reward or judge": (20, 1)}
 
 
 # ---------------------------------------------------------------- lives of a run
@@ -150,10 +150,13 @@ def killed(bench, game: str, out: Path, count: int, inside: bool) -> int:
     while kills < count:
         pid = start(bench.world, out, game)
         if inside:
-            # Steps differ, so as not to hit every life's first checkpoint at the same file.
-            code = wait(pid, lambda: writing(out))
-            pause = time.perf_counter() + bench.random.uniform(0, 0.02)
-            while code is None and time.perf_counter() < pause:
+            code = None
+            for _ in range(bench.random.randrange(4)):         # checkpoints that it may still write
+                code = wait(pid, lambda: writing(out))
+                code = code if code is not None else wait(pid, lambda: not writing(out))
+            code = code if code is not None else wait(pid, lambda: writing(out))
+            end = time.perf_counter() + bench.random.uniform(0, 0.1)
+            while code is None and writing(out) and time.perf_counter() < end:
                 code = ended(pid)
         else:
             end = time.perf_counter() + bench.random.uniform(0, bench.seconds[game])
@@ -283,7 +286,7 @@ def injection(kind: str, step: int, bad: float):
             spoilt.prompt = solver[0].prompt
             return differentiate(game, optimizer, solver, challenger)
         differentiate, train.differentiate = train.differentiate, first
-        train.play, train.accumulate, faults.accumulate = spoilt_play, spoilt, spoilt
+        train.play, train.accumulate, phases.accumulate = spoilt_play, spoilt, spoilt
     return spoil
 
 
@@ -373,20 +376,21 @@ def can_mount(folder: Path) -> bool:
 
 def campaign(folder: Path, seed: int, quick: bool) -> list[dict]:
     """Every row of the table: fault, trials, recovered, silent differences."""
-    bench, table = Bench(folder, seed), []
+    bench, table, played = Bench(folder, seed), [], 0
     mounted = can_mount(folder / "mount")
     for name, counts in CAMPAIGN.items():
         trials, row, number = counts[quick], {"fault": name, "trials": 0, "recovered": 0,
                                               "differences": 0}, 0
         while row["trials"] < trials:
-            game = list(GAMES)[number % len(GAMES)]
+            game = list(GAMES)[played % len(GAMES)]
+            played += 1
             if name.startswith("rubbish") and number % 2:
                 game = "lsp"                                                 # the judge's
             out = folder / f"{len(table)}-{number}"
             number += 1
             several, differ = 1, None
             if name.startswith("kill"):
-                several = min(4, trials - row["trials"])
+                several = min(2 if quick else 4, trials - row["trials"])
                 hit = killed(bench, game, out, several, "inside" in name)
                 row["left half-written"] = row.get("left half-written", 0) + hit
                 fine = True
