@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+import traceback
 from contextlib import contextmanager
 
 import torch
@@ -79,6 +80,7 @@ class Phases:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            traceback.clear_frames(error.__traceback__)    # the pass's tensors, before the saving
             lower = SWITCHES.get(name, "--batch-tokens or --answer-tokens")
             raise RunStopped(f"out of memory in phase {name} (lower {lower}): "
                              + (str(error) or "MemoryError").splitlines()[0]) from None

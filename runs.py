@@ -130,6 +130,7 @@ def new_run(s, name: str, need: int) -> "Run":
     for path in tries:
         try:
             path.mkdir(parents=True)
+            sync(path.parent)
             return Run(path)
         except FileExistsError:
             continue

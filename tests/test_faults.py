@@ -82,6 +82,13 @@ def test_the_campaign_sees_a_changed_bit_a_missing_step_and_another_sample(play,
         shutil.rmtree("other")
 
 
+def test_the_readmes_table_is_the_stored_campaigns():
+    stored = json.loads((ROOT / "bench/results/faults.json").read_text())["table"]
+    text = (ROOT / "README.md").read_text()
+    assert [row["fault"] for row in stored] == list(campaign.CAMPAIGN)
+    assert all(campaign.line(row) in text for row in stored)
+
+
 # ---------------------------------------------------------------- resume: what is said, refused
 
 def test_resuming_a_finished_run_does_nothing_and_more_steps_are_warned_of(play, world, capsys):
@@ -178,6 +185,18 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(play, world, c
         (path / "manifest.json").unlink()
     with pytest.raises(InputError, match="no whole checkpoint"):
         play("--resume", "hurt")
+
+
+def test_records_that_lost_lines_are_told_and_do_not_stop_the_run(play, world, capsys):
+    play("--out", "torn", "--save-every", "2")
+    shutil.copytree("torn", "mended", symlinks=True)
+    shutil.rmtree("torn/checkpoint-000004")
+    lines = (world / "torn/metrics.jsonl").read_bytes().splitlines(True)
+    (world / "torn/metrics.jsonl").write_bytes(lines[0] + lines[1][:9])
+    play("--resume", "torn")
+    assert "torn/metrics.jsonl is not what it was at checkpoint-000002" in capsys.readouterr().out
+    assert steps(world / "torn") == [1, 3, 4]
+    assert campaign.differences(world / "torn", world / "mended") == ["metrics.jsonl"]
 
 
 def test_too_little_free_disk_is_told_before_anything_is_written(play, world, monkeypatch):
