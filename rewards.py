@@ -68,7 +68,7 @@ class RewardModel:
 
 
 def as_rewards(values, count: int) -> Tensor:
-    """What a reward returned, as (count,) fp32 on the CPU; all NaN where that cannot be.
+    """What a reward returned, as (count,) fp32 on the CPU; NaN for all that is no finite number.
 
     A NaN that reaches the update skips it, and is counted (phases.py).
     """
@@ -76,7 +76,8 @@ def as_rewards(values, count: int) -> Tensor:
         R = torch.as_tensor(values, dtype=torch.float32).cpu()
     except (TypeError, ValueError, OverflowError, RuntimeError):
         R = torch.tensor([])
-    return R if R.shape == (count,) else torch.full((count,), float("nan"))
+    nan = torch.full((count,), float("nan"))
+    return torch.where(R.isfinite(), R, nan) if R.shape == (count,) else nan
 
 
 # ---------------------------------------------------------------- self-reward

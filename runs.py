@@ -184,8 +184,8 @@ class Run:
             yield
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise RunStopped(f"{self.folder / name} could not be written: {reason}",
-                             can_save=False) from None
+            raise RunStopped(f"{self.folder / name} could not be written: {reason}; "
+                             + self.how_to_go_on(), can_save=False) from None
 
     def append(self, name: str, records: list[dict]):
         """JSON objects, a line each, in one write; NaN becomes null."""
@@ -232,10 +232,10 @@ class Run:
                              "again with --overwrite")
         return None
 
-    def restore(self, **now) -> dict:
+    def restore(self, keep: int, **now) -> dict:
         """The newest whole checkpoint's state; records are cut back to it. At step 0 without one.
 
-        now: what the checkpoint may differ in, and only then is exactness lost; said if it does.
+        now: what may differ from when it was written, at the price of exactness; said if it does.
         """
         state = {"step": 0, "updates": 0, "bad_steps": 0, "records": {}, **now}
         if self.checkpoint:
@@ -246,6 +246,7 @@ class Run:
         with self.writing("records"):
             for leftover in self.folder.glob("checkpoint-*.tmp"):
                 shutil.rmtree(leftover)
+            self.tidy(keep)
             for file in (self.folder / name for name in RECORDS):
                 length, crc = state["records"].get(file.name, [0, 0])
                 if not length:
@@ -255,14 +256,14 @@ class Run:
                     print(f"{file} is not what it was at {self.checkpoint.name}: lines of it are "
                           "lost or changed; training is not affected")
                 keep_whole_lines(file, length)
-        return state
+        return state | now
 
     def save(self, step: int, state: dict, write, *, need: int, keep: int):
         """checkpoint-000050/, whole or not at all, and `checkpoint`, a relative link to it.
 
         write(folder) fills a .tmp folder; all of it is on the disk, and its manifest (bytes and
-        crc32 of each file) last, before the folder gets its name. Then all but the `keep` newest
-        go. A crash at any moment leaves this one or the one before.
+        crc32 of each file) last, before the folder gets its name. A crash at any moment leaves
+        this one or the one before.
         """
         final = self.folder / f"checkpoint-{step:06d}"
         temporary = final.with_name(final.name + ".tmp")
@@ -286,18 +287,25 @@ class Run:
                 if final.exists():           # not whole, else the run would have resumed from it
                     shutil.rmtree(final)
                 temporary.rename(final)
-                link = self.folder / "checkpoint.tmp"
-                link.unlink(missing_ok=True)
-                link.symlink_to(final.name)
-                os.replace(link, self.folder / "checkpoint")
-                sync(self.folder)
                 self.checkpoint = final
-                older = [path for number, path in self.checkpoints().items() if number <= step]
-                for path in older[:-keep]:               # -0: none
-                    shutil.rmtree(path)
+                self.tidy(keep)
         except RunStopped:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+    def tidy(self, keep: int):
+        """`checkpoint` links to the newest whole one; of those up to it, `keep` stay (0: all)."""
+        if not self.checkpoint:
+            return
+        link = self.folder / "checkpoint.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.checkpoint.name)
+        os.replace(link, self.folder / "checkpoint")
+        sync(self.folder)
+        paths = list(self.checkpoints().values())
+        for path in paths[:paths.index(self.checkpoint) + 1][:-keep]:        # [:-0] is empty
+            doomed = path.rename(f"{path}.tmp")              # never half a checkpoint by that name
+            shutil.rmtree(doomed)
 
     def how_to_go_on(self) -> str:
         """What is left of a stopped run, and the command that continues it."""

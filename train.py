@@ -284,7 +284,7 @@ def train(s: Settings, preset: dict):
     with run, StopRequest() as game.phase.stop:
         run.begin(asdict(s), game.sources)
         print("\n".join(f"{k} = {value}" for k, value in asdict(s).items() if value is not None))
-        state = run.restore(torch=torch.__version__, device=device.type)
+        state = run.restore(s.keep, torch=torch.__version__, device=device.type)
         if run.checkpoint:
             optimizer.load(run.checkpoint / "state", state["updates"])
         if s.resume:
@@ -357,8 +357,9 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, held
             if step % s.save_every == 0 or step == s.steps:
                 save()
     except runs.RunStopped as reason:
-        if reason.can_save:
-            save()
+        if not reason.can_save:
+            raise
+        save()
         raise runs.RunStopped(f"{reason}; {run.how_to_go_on()}", reason.code) from None
     print(log.closing_lines(out, evals))
 

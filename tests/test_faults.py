@@ -280,7 +280,7 @@ def test_five_skipped_updates_in_a_row_stop_the_run_with_a_checkpoint(play, worl
     bad = lambda queries, answers, golds: torch.tensor([1.0, *[nan] * (len(queries) - 1)])
     monkeypatch.setitem(rewards.VERIFIABLE, "exact", bad)
     before = train.load_model(world / "m")
-    reason = stopped(play, "--out", "nan", "--answers", "3", steps=9)
+    reason = stopped(play, "--out", "nan", "--reward", "exact", steps=9)
     assert reason.code == 3 and "checkpoint-000005" in str(reason)
     assert ("5 updates in a row were skipped, the last one: reward of query 1, answer 2 not finite"
             in str(reason))
@@ -319,7 +319,7 @@ def test_a_judge_whose_logits_are_nan_is_unread_and_counted(play, world, monkeyp
     monkeypatch.setattr(train, "load_model", spoilt)
     play("--out", "judged", "--judge", "broken", "--self-reward", "expected", game="lsp", steps=1)
     m = json.loads((world / "judged/metrics.jsonl").read_text())
-    assert m["parse_failures"] == {"not_finite": 6} and m["unread"] == 1 and m["judge_mass"] is None
+    assert m["parse_failures"] == {"not_finite": 4} and m["unread"] == 1 and m["judge_mass"] is None
     assert m["quality"] == 0 and not m["skipped"]
 
 
