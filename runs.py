@@ -144,7 +144,7 @@ def new_run(s, name: str, need: int) -> "Run":
     if held and not (s.overwrite and "config.json" in held):
         raise taken
     run = Run(base)
-    for folder in base.glob("checkpoint-*"):
+    for folder in [*run.checkpoints().values(), *run.leftovers()]:
         shutil.rmtree(folder)
     for file in [base / "checkpoint", *(base / name for name in RECORDS), base / "config.json"]:
         file.unlink(missing_ok=True)
@@ -163,13 +163,13 @@ class Run:
         try:
             self.lock = open(folder / "lock", "a+", encoding="utf-8")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock.truncate(0)
+            print(os.getpid(), end="", file=self.lock, flush=True)
         except BlockingIOError:
             self.lock.seek(0)
             raise InputError(f"{folder} is in use by process {self.lock.read()}") from None
         except OSError as error:
             raise InputError(f"{folder}: {error.strerror}") from None
-        self.lock.truncate(0)
-        print(os.getpid(), end="", file=self.lock, flush=True)
 
     def __enter__(self):
         return self
@@ -199,7 +199,8 @@ class Run:
 
         A path can stay and its contents change: runs/A/checkpoint moves when A goes on.
         """
-        prints = {flag: fingerprint(path) for flag, path in sources.items()}
+        found = {path: fingerprint(path) for path in set(sources.values())}
+        prints = {flag: found[path] for flag, path in sources.items()}
         file = self.folder / "config.json"
         if file.exists():
             began = read_json(file).get("sources", {})
@@ -217,6 +218,11 @@ class Run:
         found = {int(m[1]): path for path in self.folder.iterdir()
                  if (m := re.fullmatch(r"checkpoint-([0-9]{6,})", path.name))}
         return dict(sorted(found.items()))
+
+    def leftovers(self) -> list[Path]:
+        """Those that a crash left while they were written or deleted."""
+        return [path for path in self.folder.iterdir()
+                if re.fullmatch(r"checkpoint-[0-9]{6,}\.tmp", path.name)]
 
     def newest_whole(self) -> Path | None:
         """The newest whole checkpoint, or None before the first; says which ones are not whole."""
@@ -244,7 +250,7 @@ class Run:
             if state[key] != value:
                 print(f"resuming with {key} {value}, was {state[key]}: not the same bit for bit")
         with self.writing("records"):
-            for leftover in self.folder.glob("checkpoint-*.tmp"):
+            for leftover in self.leftovers():
                 shutil.rmtree(leftover)
             self.tidy(keep)
             for file in (self.folder / name for name in RECORDS):
