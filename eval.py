@@ -10,6 +10,7 @@
 What is measured is written as it comes; the same command again goes on where it was interrupted.
 train.py calls evaluate() and evaluate_world() while it trains.
 """
+import math
 import os
 import re
 import shlex
@@ -56,12 +57,13 @@ def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list
     """
     queries, golds = map(list, zip(*held_out))
     answers, stopped = greedy(game, queries)
-    ours = game.reward(queries, answers, golds)                                            # (len,)
+    ours = rewards.as_rewards(game.reward(queries, answers, golds), len(queries))          # (len,)
     if game.settings.reward in rewards.VERIFIABLE:         # as in training: cut off is not answered
         ours = ours * stopped
     answered = [{"query": q, "answer": a, "reward": r}
                 for q, a, r in zip(queries, answers, ours.tolist())]
-    theirs = torch.tensor([record["reward"] for record in start or answered])              # (len,)
+    theirs = torch.tensor([math.nan if record["reward"] is None else record["reward"]
+                           for record in start or answered])                               # (len,)
     wins = (ours > theirs).float() + (ours == theirs).float() / 2
     figures = {"reward": ours.mean().item(), "win_rate": wins.mean().item(), "n": len(held_out)}
     return figures, answered

@@ -6,6 +6,7 @@ What train.py's update() calls twice, once for the Solver's rows and once for th
 Shapes: B rows of a micro-batch, T tokens of its longest completion, M of all completions, D hidden
 size.
 """
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 import lsp
 from cache import pad, shared_forward
+from game import Game
+from memory import MasterAdamW
 from model import Llama
 from sample import Completion, take_batch
 
@@ -58,7 +61,7 @@ def room(rows: list[Row]) -> int:
             + len(rows) * max(len(row.completion.tokens) for row in rows))
 
 
-def accumulate(game, rows: list[Row], weight: float) -> Counter:
+def accumulate(game: Game, rows: list[Row], weight: float) -> Counter:
     """Add the gradient of weight * (Eq. 4 or 5) over these rows to the policy's; return sums.
 
     The loss is normalised by the number of all rows before it is cut into micro-batches, so that
@@ -89,3 +92,41 @@ def accumulate(game, rows: list[Row], weight: float) -> Counter:
         sums.update({k: v.item() for k, v in statistics.items()} | {
             "gap": gap.item(), "loss": loss.item()})
     return sums
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+def unsound(r) -> list[dict]:
+    """Samples of a train.Round with a reward or log-prob that is not finite.
+
+    A sample is a query of the step and an answer to it (None: the query itself), counted from 1 in
+    the order of samples.jsonl.
+    """
+    faults = []
+    finite = lambda row: math.isfinite(sum(row.logp))
+    for n in r.kept.nonzero()[:, 0].tolist():
+        if r.query_rows and not finite(r.query_rows[n]):
+            faults.append({"query": n + 1, "answer": None, "what": "log-prob"})
+        for g, (row, reward) in enumerate(zip(r.answer_rows[n], r.R[n].tolist()), 1):
+            if not math.isfinite(reward) or not finite(row):
+                what = "log-prob" if math.isfinite(reward) else "reward"
+                faults.append({"query": n + 1, "answer": g, "what": what})
+    return faults
+
+
+def culprits(game: Game, optimizer: MasterAdamW, kept: list[int], solver: list[Row],
+             challenger: list[Row]) -> list[dict]:
+    """Which samples made the loss or the gradient non-finite: each differentiated alone."""
+    G, faults = game.settings.answers, []
+    samples = [(kept[i // G], i % G + 1, row) for i, row in enumerate(solver)]
+    samples += [(n, None, row) for n, row in zip(kept, challenger)]
+    for n, answer, row in samples:
+        optimizer.discard()
+        sums = accumulate(game, [row], 1.0)
+        finite = {"log-prob": sums["logp"], "loss": sums["loss"],
+                  "gradient": optimizer.gradient_norm()}
+        what = next((what for what, value in finite.items() if not math.isfinite(value)), None)
+        if what:
+            faults.append({"query": n + 1, "answer": answer, "what": what})
+    optimizer.discard()
+    return faults or [{"query": None, "answer": None, "what": "gradient of all samples together"}]

@@ -1,11 +1,14 @@
 """What a reader may skip: fp32 master weights beside a bfloat16 policy."""
 import math
 from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from model import Llama
+from model import Llama, stored_dtype
 
 
 class MasterAdamW:
@@ -18,6 +21,7 @@ class MasterAdamW:
     """
 
     def __init__(self, policy: Llama, dtype: torch.dtype, *, weight_decay: float):
+        self.policy = policy
         self.params = list(policy.parameters())
         self.masters = self.params
         if dtype != torch.float32:
@@ -45,5 +49,65 @@ class MasterAdamW:
                 for p, master in zip(self.params, self.masters):
                     if p is not master:
                         p.copy_(master)
-        self.adamw.zero_grad(set_to_none=self.masters is self.params)
+        self.discard()
         return norm
+
+    def discard(self):
+        """Forget the gradients that have been added up."""
+        self.adamw.zero_grad(set_to_none=self.masters is self.params)
+        if self.masters is not self.params:
+            self.policy.zero_grad()                  # an error may have come before _collect
+
+    def gradient_norm(self) -> float:
+        return nn.utils.clip_grad_norm_(self.masters, math.inf).item()
+
+    # ------------------------------------------------------------ on disk
+
+    @property
+    def updates(self) -> int:
+        """How many steps AdamW has taken; its bias correction counts them."""
+        held = self.adamw.state.get(self.masters[0])
+        return int(held["step"]) if held else 0
+
+    @property
+    def masters_apart(self) -> bool:
+        """Whether the stored weights are rounded: then the masters are stored beside them."""
+        return self.masters is not self.params or stored_dtype(self.policy).itemsize < 4
+
+    def bytes_on_disk(self) -> int:
+        """A checkpoint's size with the weights: 6.4 + 38.6 GB for Llama-3.2-3B, stored in bf16."""
+        count = sum(p.numel() for p in self.params)
+        carried = sum(map(len, self.policy.carried.values()))
+        state = 8 + 4 * self.masters_apart
+        return count * (stored_dtype(self.policy).itemsize + state) + carried + 2**20
+
+    def save(self, folder: Path):
+        """Masters (where the weights are not their own) and moments as fp32 safetensors, a file
+        each, so that the host holds one of them at a time."""
+        folder.mkdir()
+        moments = ("exp_avg", "exp_avg_sq") if self.updates else ()
+        held = {kind: [self.adamw.state[m][kind] for m in self.masters] for kind in moments}
+        if self.masters_apart:
+            held["masters"] = self.masters
+        names = [name for name, _ in self.policy.named_parameters()]
+        for kind, tensors in held.items():
+            save_file({name: t.detach().cpu() for name, t in zip(names, tensors)},
+                      folder / f"{kind}.safetensors")
+
+    @torch.no_grad()
+    def load(self, folder: Path, updates: int):
+        """What save() wrote, into a policy that holds the same checkpoint's weights."""
+        state = {i: {"step": torch.tensor(float(updates))} for i in range(len(self.masters))}
+        for kind in ["masters"] * self.masters_apart + ["exp_avg", "exp_avg_sq"] * (updates > 0):
+            with safe_open(folder / f"{kind}.safetensors", "pt") as file:
+                for i, (name, _) in enumerate(self.policy.named_parameters()):
+                    if kind == "masters":
+                        self.masters[i].copy_(file.get_tensor(name))
+                    else:
+                        state[i][kind] = file.get_tensor(name).to(self.masters[i].device, copy=True)
+        for p, master in zip(self.params, self.masters):
+            if p is not master:
+                p.copy_(master)
+        if updates:
+            groups = self.adamw.state_dict()["param_groups"]
+            self.adamw.load_state_dict({"state": state, "param_groups": groups})

@@ -298,16 +298,22 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
     return model
 
 
+def stored_dtype(model: Llama) -> torch.dtype:
+    """The dtype that the model's own config.json names: checkpoints keep it."""
+    raw = model.raw_config
+    return getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32")
+
+
 def save_model(model: Llama, path, *, dtype: torch.dtype | None = None):
     """Write a directory that load_model and transformers open:
     config, one safetensors file, tokenizer files.
 
-    dtype: of the stored weights (default: the dtype that the model's own config.json names).
+    dtype: of the stored weights (default: stored_dtype).
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     key = "dtype" if "dtype" in model.raw_config else "torch_dtype"
-    dtype = dtype or getattr(torch, model.raw_config.get(key) or "float32")
+    dtype = dtype or stored_dtype(model)
     config = model.raw_config | {key: str(dtype).removeprefix("torch.")}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name, content in model.carried.items():

@@ -84,6 +84,19 @@ class RewardModel:
             return self.model.score(hidden).float().cpu()
 
 
+def as_rewards(values, count: int) -> Tensor:
+    """What a reward returned, as (count,) fp32 on the CPU; NaN for all that is no finite number.
+
+    A NaN that reaches the update skips it, and is counted (gradient.py).
+    """
+    try:
+        R = torch.as_tensor(values, dtype=torch.float32).cpu()
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        R = torch.tensor([])
+    nan = torch.full((count,), float("nan"))
+    return torch.where(R.isfinite(), R, nan) if R.shape == (count,) else nan
+
+
 # ---------------------------------------------------------------- self-reward
 
 def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers: list[str], *,
@@ -98,7 +111,8 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
     record: judgement (text), reason (None or why unread).
     expected: the judge's turn is started with "<Score>" and the score is the expectation over the
     next token among 0..7, renormalised: one forward pass, nothing to parse; record: mass, the
-    probability that these eight had. Below .5 the judge wanted to say something else.
+    probability that these eight had. Below .5 the judge wanted to say something else. A score that
+    is not finite is unread, for the reason not_finite.
     A pair that the judge's context does not hold is judged without the end of the answer
     (chat.fit); both records say so: shortened.
     """
@@ -117,8 +131,10 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
         with torch.no_grad():
             p = judge.logits(hidden).softmax(-1)[:, [d[0] for d in digits]].cpu()   # (M, 8)
         mass = p.sum(-1)                                                     # (M,)
-        return (p * torch.arange(8.0)).sum(-1) / mass, [
-            {"mass": m, "shortened": cut} for m, cut in zip(mass.tolist(), shortened)]
+        scores = (p * torch.arange(8.0)).sum(-1) / mass                              # (M,)
+        return scores, [{"mass": m, "shortened": cut} | ({"reason": "not_finite"} if unread else {})
+                        for m, cut, unread in zip(mass.tolist(), shortened,
+                                                  scores.isnan().tolist())]
     written = sample(judge, prompts, max_new_tokens=max_new_tokens, temperature=temperature,
                      stop_ids=tokenizer.stop_ids, generator=generator, batch_tokens=batch_tokens)
     scores, records = [], []

@@ -2,9 +2,10 @@
 
 Command line, over the model's preset, over the algorithm's preset, over the defaults. A model's
 preset is training.json in its directory; checkpoints carry it: a second stage keeps its world.
+A resumed run takes all of them from its own config.json.
 """
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import lsp
@@ -68,7 +69,12 @@ class Settings:
     eval_every: int = setting(50, "steps between evaluations", 1)
     save_every: int = setting(50, "steps between checkpoints", 1)
     seed: int = setting(0, "of everything random", 0, 2**63 - 1)
+    keep: int = setting(2, "newest checkpoints to keep; 0: all (a 3B model's takes 45 GB)", 0)
+    max_bad_steps: int = setting(5, "skipped updates in a row that stop the run", 1)
     out: str | None = setting(None, "run folder, new (default: runs/MODEL-ALGO-SEED)")
+    resume: str | None = setting(None, "run folder: go on where its newest whole checkpoint is")
+    requeue: bool = setting(False, "resume --out if a run has begun there, else begin it")
+    overwrite: bool = setting(False, "delete the run that --out holds, and begin anew")
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     watch: bool = setting(False, "play one round, print it as a transcript, update nothing")
 
@@ -88,12 +94,30 @@ NEEDS = {
     "a run that trains: no --watch": (lambda s: not s.watch, ("out", "eval_prompts")),
 }
 
+# What --resume may be given beside the folder. FREE changes nothing that is learnt; RETUNE is
+# allowed with a warning: --steps moves the decay's end, the others the last bits of sums. Any other
+# setting would make it another run and is refused.
+FREE = ("eval_every", "save_every", "keep", "max_bad_steps")
+RETUNE = ("steps", "device", "batch_tokens", "micro_batch_tokens", "checkpointing")
+COMMANDS = ("resume", "requeue", "overwrite", "watch", "out")        # not part of what a run is
+
 
 def resolve(given: dict) -> tuple[Settings, dict]:
     """Settings from the flags that were given, and the model's preset.
 
     InputError for flags out of range, contradictory ones, and an unusable training.json.
     """
+    named = set(given)                                           # on the command line itself
+    if given.get("requeue") and not given.get("out"):
+        raise InputError("--requeue needs --out: the folder to go on in, or to begin")
+    commands = [key for key in COMMANDS[:4] if given.get(key)]
+    if len(commands) > 1 or given.get("resume") and given.get("out"):
+        raise InputError("give one of --resume RUN, --requeue, --overwrite, --watch"
+                         " (--resume goes on in its own folder: no --out)")
+    if given.get("requeue") and os.path.exists(Path(given["out"]) / "config.json"):
+        given = given | {"resume": given["out"]}
+    if given.get("resume"):
+        given = continued(Path(given["resume"]), given)
     name = given.get("model", Settings.model)
     path = find_model(name)
     preset = MODELS.get(name, {})
@@ -104,7 +128,7 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     s = Settings(**ALGOS[algo] | preset | given)
     for needs, (met, flags) in NEEDS.items():
         for flag in flags if not met(s) else ():
-            if flag in given:
+            if flag in named:
                 raise InputError(f"--{flag.replace('_', '-')} is not used here: it needs {needs}")
     s.challenger_prompt = s.challenger_prompt or str(prompt_file(path, "challenger"))
     s.self_reward_prompt = s.self_reward_prompt or str(prompt_file(path, "self_reward"))
@@ -116,18 +140,16 @@ def read_preset(file: Path) -> dict:
     """training.json's settings. It may be a stranger's: what it can set is how the game is played,
     numbers and choices, and no path on this machine."""
     preset = read_json(file)
-    known = {f.name: f for f in fields(Settings)}
-    for key, value in preset.items():
-        kind = known[key].type if key in known else None
-        good = kind and isinstance(value, (int, float) if kind is float else kind)
-        good = good and (kind is bool or not isinstance(value, bool))
-        choices = known[key].metadata["choices"] if good else None
-        if not good or choices and value not in choices:
-            raise InputError(f"{file}: {key} = {value!r} is no setting, or not of its type")
-        if kind not in (int, float) and not choices and key not in STRANGERS_MAY_SET or (
-                key == "reward" and value not in (*rewards.VERIFIABLE, *NAMES)):
-            raise InputError(f"{file}: {key} can be set on the command line alone")
-        check_range(f"{file}: {key}", known[key], value)
+    check_types(preset, file)
+    for f in fields(Settings):
+        value = preset.get(f.name)
+        number = f.type in (int, float)
+        if f.name in preset and not number and not f.metadata["choices"] and (
+                f.name not in STRANGERS_MAY_SET
+                or f.name == "reward" and value not in (*rewards.VERIFIABLE, *NAMES)):
+            raise InputError(f"{file}: {f.name} can be set on the command line alone")
+        if f.name in preset:
+            check_range(f"{file}: {f.name}", f, value)
     return preset
 
 
@@ -135,6 +157,41 @@ def check_range(name: str, f, value):
     least, most = f.metadata["least"], f.metadata["most"]
     if least is not None and not least <= value <= most:
         raise InputError(f"{name} must be at least {least} and at most {most}, found {value}")
+
+
+def continued(folder: Path, given: dict) -> dict:
+    """Every setting of the run in a folder, with the given ones that may differ (FREE, RETUNE)."""
+    file = folder / "config.json"
+    stored = read_json(file)
+    stored.pop("sources", None)
+    check_types(stored, file)
+    if missing := [f.name for f in fields(Settings) if f.name not in stored]:
+        raise InputError(f"{file}: not the settings of a run ({missing[0]} is missing)")
+    changed = {key: value for key, value in given.items()
+               if key not in COMMANDS and value != stored[key]}
+    for key, value in changed.items():
+        flag = "--" + key.replace("_", "-")
+        if key not in FREE + RETUNE:
+            raise InputError(f"{flag} {value} would change the run in {folder}, which has "
+                             f"{stored[key]}: leave it out, or begin another run with "
+                             f"--model {folder}/checkpoint")
+        if key in RETUNE:
+            print(f"resuming with {flag} {value}, was {stored[key]}: from here on not the run that "
+                  "it would have been")
+    commands = {key: asdict(Settings())[key] for key in COMMANDS}
+    return stored | changed | commands | {"resume": str(folder), "out": str(folder)}
+
+
+def check_types(values: dict, file: Path):
+    """InputError for a name that is no setting, or a value of another type."""
+    known = {f.name: f for f in fields(Settings)}
+    for key, value in values.items():
+        kind = known[key].type if key in known else None
+        good = kind and isinstance(value, (int, float) if kind is float else kind)
+        good = good and (kind is bool or not isinstance(value, bool))
+        choices = known[key].metadata["choices"] if good and value is not None else None
+        if not good or choices and value not in choices:
+            raise InputError(f"{file}: {key} = {value!r} is no setting, or not of its type")
 
 
 def check(s: Settings):
@@ -146,8 +203,9 @@ def check(s: Settings):
             raise InputError(f"{flag} {value}: not text in UTF-8")
     if s.warmup > s.steps:
         raise InputError(f"--warmup {s.warmup} is longer than the run, --steps {s.steps}")
-    if s.out and os.path.lexists(s.out):
-        raise InputError(f"--out {s.out} exists already; nothing is overwritten: choose another")
+    if s.out and os.path.lexists(s.out) and not (s.resume or s.requeue or s.overwrite):
+        raise InputError(f"--out {s.out} exists already; nothing is overwritten: choose another, "
+                         "or --resume, --requeue or --overwrite a run")
     if s.algo == "grpo" and not s.prompts:
         raise InputError("--algo grpo learns from data: give --prompts FILE")
     if s.algo == "grpo" and s.prompts in MIXES and s.reward != "tiny":

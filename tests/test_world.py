@@ -223,8 +223,8 @@ def test_a_round_with_nothing_to_learn_from_is_survived(monkeypatch):
     r = train.play(game, 0)
     optimizer = train.MasterAdamW(game.policy, torch.float32, weight_decay=0.0)
     before = [p.detach().clone() for p in game.policy.parameters()]
-    m = {"step": 1, "seconds": 0.0} | train.runs.measure(s, r) | train.update(game, optimizer, r, 0)
-    assert "step" in train.runs.step_line(s, m) and m["flat_groups"] is None
+    m = {"step": 1, "seconds": 0.0} | train.log.measure(s, r) | train.update(game, optimizer, r, 0)
+    assert "step" in train.log.step_line(s, m) and m["flat_groups"] is None
     assert all(torch.equal(p, b) for p, b in zip(game.policy.parameters(), before))
 
 

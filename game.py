@@ -1,0 +1,105 @@
+"""The players and what they play with: models, tokenizers, prompts, data and the reward.
+
+    s, preset = settings.resolve({"model": "smollm2-135m", "reward": "skywork-v2-1b"})
+    game = set_up(s)                       # all that train.py's play() and update() need
+"""
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import rewards
+from chat import Tokenizer, fill
+from data import check_data, opening, read_data
+from files import InputError, find_model, pick_device, read_prompt
+from model import Llama, load_model, read_config
+from phases import Phases
+from settings import Settings
+from tiny import world as tiny_world
+
+
+@dataclass
+class Game:
+    """What play() needs: models, tokenizers, prompts and the reward."""
+    settings: Settings
+    policy: Llama
+    tokenizer: Tokenizer
+    reward: object                         # (queries, answers, golds) -> (len,)
+    reference: Llama | None = None         # None where beta is 0 and nobody judges
+    judge: Llama | None = None             # None without self-reward
+    judge_tokenizer: Tokenizer | None = None
+    judge_prompt: str | None = None        # with {instruction} and {response} to fill
+    challenger_prompt: list[int] | None = None    # <cp> as token ids; None with grpo
+    data: list = ()                        # grpo: (query, gold); else empty
+    held_out: list = ()                    # those of --eval-prompts
+    world: ModuleType | None = None        # the embedded world, where it is played
+    sources: dict[str, Path] = field(default_factory=dict)       # what was read, by flag
+    phase: Phases = field(default_factory=Phases)
+
+
+def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
+    """Read and load all that the settings name; small files first, so that errors come early.
+
+    checkpoint: the policy of a run that is resumed.
+    """
+    device, dtype = pick_device(s.device)
+    if s.reward == "tiny" and device.type == "cpu":
+        torch.set_num_threads(1)           # matrices this small: threads would wait for each other
+    load = lambda path, dtype=dtype: load_model(path, device=device, dtype=dtype)
+    start = find_model(s.model)
+    reference_path = find_model(s.reference) if s.reference else start
+    judge_path = find_model(s.judge) if s.judge else reference_path
+    world = tiny_world if s.reward == "tiny" else None
+    data, held_out, gold = [], [], s.reward in rewards.NEED_GOLD
+    if s.algo == "grpo" and world and s.prompts in world.MIXES:
+        data = world.prompts(s.prompts, min(s.queries * s.steps, 10**5), seed=s.seed)
+    elif s.algo == "grpo":
+        data = read_data(s.prompts, gold=gold)
+    if s.eval_prompts:
+        held_out = read_data(s.eval_prompts, gold=gold)
+    tokenizer = Tokenizer(start)
+    context = read_config(start).max_position_embeddings
+    check_data(s.prompts, data, tokenizer, context - s.answer_tokens)
+    check_data(s.eval_prompts, held_out, tokenizer, context - s.answer_tokens)
+    game = Game(s, None, tokenizer, rewards.VERIFIABLE.get(s.reward), data=data, held_out=held_out,
+                world=world)
+    game.sources = {"--model": start}
+    for flag in ("prompts", "eval_prompts"):
+        if getattr(s, flag) and not (world and getattr(s, flag) in world.MIXES):
+            game.sources["--" + flag.replace("_", "-")] = Path(getattr(s, flag))
+    if s.algo != "grpo":
+        game.sources["--challenger-prompt"] = Path(s.challenger_prompt)
+        given = [name for name in ("task", "template") if getattr(s, name) != "None"]
+        prompt = fill(read_prompt(s.challenger_prompt, given), task=s.task, template=s.template)
+        game.challenger_prompt = opening(tokenizer, s.challenger_prompt, prompt, s.query_tokens,
+                                         context)
+        opening(tokenizer, "--query-tokens and --answer-tokens", "",
+                s.query_tokens + s.answer_tokens, context)
+    if s.self_reward:
+        game.sources |= {"--self-reward-prompt": Path(s.self_reward_prompt), "--judge": judge_path}
+        game.judge_tokenizer = tokenizer if judge_path == start else Tokenizer(judge_path)
+        game.judge_prompt = read_prompt(s.self_reward_prompt, ("instruction", "response"))
+        opening(game.judge_tokenizer, s.self_reward_prompt,
+                fill(game.judge_prompt, instruction="", response=""), s.judge_tokens,
+                read_config(judge_path).max_position_embeddings)
+    if not game.reward:
+        game.sources["--reward"] = find_model(s.reward)
+        game.reward = rewards.RewardModel(game.sources["--reward"], device=device, dtype=dtype,
+                                          batch_tokens=min(16384, s.batch_tokens))
+    shared = s.self_reward and judge_path == reference_path
+    game.reference = load(reference_path) if s.beta or shared else None
+    if game.reference:
+        game.sources["--reference"] = reference_path
+    if s.self_reward:
+        game.judge = game.reference if shared else load(judge_path)
+    # In its masters' precision; MasterAdamW makes it bf16.
+    game.policy = load(checkpoint or start, torch.float32)
+    game.policy.checkpointing = s.checkpointing
+    for flag in ("policy", "reference", "judge"):
+        model = getattr(game, flag)
+        if model and model.config.scalar_head:
+            raise InputError(f"the {flag} is a reward model, which cannot write")
+    if s.beta and game.reference.config.vocab_size != game.policy.config.vocab_size:
+        raise InputError(f"--reference {s.reference}: another vocabulary than the policy's")
+    return game

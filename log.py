@@ -1,0 +1,136 @@
+"""What a run says: each step's numbers, its line on the screen, the samples, the transcript."""
+import math
+from collections import Counter
+from pathlib import Path
+
+
+def share(flags: list) -> float | None:
+    """The mean of a list, None for an empty one."""
+    return sum(flags) / len(flags) if flags else None
+
+
+def measure(s, r) -> dict:
+    """What a train.Round says about the game; README.md explains each. None: no such thing here."""
+    rows = [row for group in r.answer_rows for row in group]
+    flat = r.A_sol[r.kept].abs().amax(1) < 1e-6                        # (kept queries,)
+    read = any("reason" in j for j in r.judgements)
+    reasons = [j.get("reason") for j in r.judgements] if read else []
+    mass = [j["mass"] for j in r.judgements if math.isfinite(j.get("mass", math.nan))]
+    failures = Counter(reason for reason in reasons if reason)
+    return {
+        "reward": r.R.mean().item(),
+        "quality": None if r.R_Q is None else r.R_Q.mean().item(),
+        "value_spread": r.R.mean(1).std(correction=0).item(),
+        "flat_groups": share(flat.tolist()),
+        "challenger_advantage": None if r.A_ch is None else r.A_ch.abs().mean().item(),
+        "distinct_queries": len(set(r.queries)) / len(r.queries),
+        "leaked_tags": share(["[Start Gen" in q or "[End Gen" in q for q in r.queries]),
+        "held_out_queries": 1 - r.kept.float().mean().item(),
+        "query_length": share([len(row.tokens) for row in r.query_rows]),
+        "answer_length": share([len(row.tokens) for row in rows]),
+        "truncated_queries": share([not row.stopped for row in r.query_rows]),
+        "truncated_answers": share([not row.stopped for row in rows]),
+        "unread": share([reason is not None for reason in reasons]),
+        "parse_failures": dict(failures) if reasons else None,
+        "shortened": r.shortened,
+        "judge_mass": share(mass),
+    }
+
+
+def short(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}"
+
+
+def fault_text(faults: list[dict]) -> str:
+    """The first sample of a skipped update that is not finite, and how many more there are."""
+    what, query, answer = (faults[0].get(key) for key in ("what", "query", "answer"))
+    where = f" of query {query}" * bool(query) + f", answer {answer}" * bool(answer)
+    more = f" (and {len(faults) - 1} more)" * (len(faults) > 1)
+    return f"{what}{where} not finite{more}"
+
+
+def step_line(s, m: dict) -> str:
+    """A step's line on the screen: the few numbers that say whether the game goes well."""
+    unread = m["unread"] if m["judge_mass"] is None else 1 - m["judge_mass"]
+    gap = "-" if m["logp_gap"] is None else f"{m['logp_gap']:.0e}"
+    line = (f"step {m['step']:>{len(str(s.steps))}}/{s.steps}  R {short(m['reward'])}"
+            f"  R_Q {short(m['quality'])}  ch-adv {short(m['challenger_advantage'])}"
+            f"  KL {short(m['kl_solver'])}|{short(m['kl_challenger'])}"
+            f"  distinct {short(m['distinct_queries'])}  cut {short(m['truncated_answers'])}"
+            f"  unread {short(unread)}  gap {gap}  {m['seconds']:.2f} s")
+    if m["skipped"]:
+        line += "  " + fault_text(m["faults"]) + ": update skipped"
+    if unread is not None and unread > 0.5:
+        line += "  self-reward mostly unread"
+    return line
+
+
+def example_line(r) -> str:
+    """One query of the round, the Challenger's best, with its answers and what they earned."""
+    n = 0 if r.A_ch is None else int(r.A_ch.argmax())
+    clip = lambda text, most: repr(text if len(text) <= most else text[:most - 3] + "...")
+    answers = Counter(clip(answer, 30) for answer in r.answers[n]).most_common(4)
+    said = ", ".join(f"{count} x {answer}" for answer, count in answers)
+    quality = "" if r.R_Q is None else f"  R_Q {r.R_Q[n].mean():.2f}"
+    return f"    asked {clip(r.queries[n], 70)}  answered {said}  R {r.R[n].mean():.2f}{quality}"
+
+
+def eval_line(s, record: dict) -> str:
+    """An evaluation's line: held-out figures; in the embedded world accuracy and query shares."""
+    line = f"eval {record['step']:>{len(str(s.steps))}}/{s.steps}"
+    if "win_rate" in record:
+        line += (f"  held-out reward {record['reward']:.3f}  win-rate against the start "
+                 f"{record['win_rate']:.3f}  ({record['n']} prompts)")
+    for key, title in (("accuracy", "held-out accuracy"), ("challenger", "queries")):
+        if record.get(key):
+            line += f"  {title}: " + " ".join(f"{k} {v:.2f}" for k, v in record[key].items())
+    return line
+
+
+def closing_lines(out: Path, evals: list[dict]) -> str:
+    """The end of a run: before and after, and where everything lies."""
+    lines = []
+    titles = {"accuracy": "held-out accuracy, greedy", "challenger": "Challenger's queries"}
+    for key, title in titles.items():
+        if evals and evals[-1].get(key):
+            lines += ["", f"{title:30}before   after"] + [
+                f"  {k:26}{evals[0][key][k]:8.3f}{v:8.3f}" for k, v in evals[-1][key].items()]
+    curves = f"curves      {out}/metrics.jsonl" + " and eval.jsonl" * bool(evals)
+    return "\n".join([*lines, "", curves, f"samples     {out}/samples.jsonl",
+                      f"checkpoint  {out}/checkpoint"])
+
+
+def samples(r, step: int):
+    """One record a query: everything that was said, scored and concluded."""
+    N, G = r.R.shape
+    for n in range(N):
+        yield {
+            "step": step, "query": r.queries[n], "gold": r.golds[n],
+            "query_stopped": r.query_rows[n].stopped if r.query_rows else None,
+            "trained_on": bool(r.kept[n]),
+            "challenger_advantage": None if r.A_ch is None else r.A_ch[n].item(),
+            "answers": [{
+                "answer": r.answers[n][g], "stopped": r.answer_rows[n][g].stopped,
+                "reward": r.R[n, g].item(), "advantage": r.A_sol[n, g].item(),
+                "quality": None if r.R_Q is None else r.R_Q[n, g].item(),
+            } | (r.judgements[n * G + g] if r.judgements else {}) for g in range(G)]}
+
+
+def transcript(s, r) -> str:
+    """A round for reading: query, answers, R, R_Q, advantages."""
+    number = lambda x: "     -" if x is None else f"{x:6.2f}"
+    indent = lambda text, margin: "\n".join(margin + line for line in text.split("\n"))
+    lines = []
+    for n, said in enumerate(samples(r, 0), 1):
+        cut = "" if said["query_stopped"] in (True, None) else "   (cut off)"
+        lines += ["", f"query {n}/{len(r.queries)}   Challenger's advantage "
+                  f"{number(said['challenger_advantage'])}{cut}", indent(said["query"], "  ? ")]
+        for a in said["answers"]:
+            unread = f" (unread: {a['reason']})" if a.get("reason") else ""
+            lines += [f"  R {number(a['reward'])}  R_Q {number(a['quality'])}{unread}  advantage "
+                      f"{number(a['advantage'])}" + ("" if a["stopped"] else "  (cut off)"),
+                      indent(a["answer"], "      ")]
+    total = f"mean R {r.R.mean():.3f}" + ("" if r.R_Q is None else f", mean R_Q {r.R_Q.mean():.3f}")
+    scale = "" if s.reward_scale == 1 else f"; advantages are of {s.reward_scale:g} * R" + (
+        "" if r.R_Q is None else " + R_Q")
+    return "\n".join([*lines, "", total + scale])

@@ -1,0 +1,378 @@
+"""Runs that are killed, starved, corrupted or handed nonsense, and what they say about it."""
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random_llama, write_checkpoint
+from conftest import ROOT
+
+import log
+import phases
+import rewards
+import runs
+import train
+from files import InputError
+from memory import MasterAdamW
+
+spec = importlib.util.spec_from_file_location("campaign", ROOT / "bench/faults.py")
+campaign = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(campaign)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    campaign.make_world(folder)
+    return folder
+
+
+@pytest.fixture
+def play(world, monkeypatch):
+    """train.py's main() with a short game's flags, in this process; runs lie in world/NAME."""
+    monkeypatch.chdir(world)
+
+    def main(*flags, game="grpo", steps=4):
+        more = ["--steps", str(steps)] * ("--resume" not in flags)
+        short = campaign.COMMON if more else []
+        monkeypatch.setattr(sys, "argv", [
+            "train.py", *short, *(campaign.GAMES[game] if more else []), *more, *flags])
+        train.main()
+    return main
+
+
+def stopped(main, *flags, **options) -> runs.RunStopped:
+    with pytest.raises(runs.RunStopped) as reason:
+        main(*flags, **options)
+    return reason.value
+
+
+def steps(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- the campaign, in short
+
+def test_eight_kills_and_one_of_every_other_fault_leave_no_difference():
+    result = subprocess.run([sys.executable, ROOT / "bench/faults.py", "--quick"],
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    table = json.loads(result.stdout.splitlines()[-1])["table"]
+    assert len(table) == len(campaign.CAMPAIGN) and sum(row["trials"] for row in table[:2]) == 8
+    assert all(row["recovered"] == row["trials"] and not row["differences"] for row in table)
+
+
+def test_the_campaign_sees_a_changed_bit_a_missing_step_and_another_sample(play, world):
+    play("--out", "seen")
+    for name, change in {
+            "checkpoint/state/masters.safetensors": lambda b: b[:-1] + bytes([b[-1] ^ 1]),
+            "metrics.jsonl": lambda b: b[b.index(b"\n") + 1:],
+            "samples.jsonl": lambda b: b.replace(b"What is", b"What was", 1)}.items():
+        shutil.copytree("seen", "other", symlinks=True)
+        assert campaign.differences(world / "other", world / "seen") == []
+        (world / "other" / name).write_bytes(change((world / "other" / name).read_bytes()))
+        assert campaign.differences(world / "other", world / "seen")
+        shutil.rmtree("other")
+
+
+def test_the_readmes_table_is_the_stored_campaigns():
+    stored = json.loads((ROOT / "bench/results/faults.json").read_text())["table"]
+    text = (ROOT / "README.md").read_text()
+    assert [row["fault"] for row in stored] == list(campaign.CAMPAIGN)
+    assert all(campaign.line(row) in text for row in stored)
+
+
+# ---------------------------------------------------------------- resume: what is said, refused
+
+def test_resuming_a_finished_run_does_nothing_and_more_steps_are_warned_of(play, world, capsys):
+    play("--out", "done")
+    before = campaign.left(world / "done")
+    play("--resume", "done")
+    assert campaign.left(world / "done") == before
+    capsys.readouterr()
+    play("--resume", "done", "--steps", "5", "--eval-every", "2", "--keep", "1")
+    assert "resuming with --steps 5, was 4" in capsys.readouterr().out
+    assert steps(world / "done") == [1, 2, 3, 4, 5]
+    assert json.loads((world / "done/config.json").read_text())["steps"] == 5
+    assert list(runs.Run(world / "done").checkpoints()) == [5]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--resume", "kept", "--learning-rate", "0.5"], "--learning-rate 0.5 would change the run"),
+    (["--resume", "kept", "--seed", "7"], "--seed 7 would change the run"),
+    (["--resume", "kept", "--out", "x"], "--resume goes on in its own folder"),
+    (["--resume", "kept", "--overwrite"], "give one of"), (["--requeue"], "--requeue needs --out"),
+    (["--resume", "nowhere"], "nowhere/config.json: no such file"),
+    (["--resume", "m"], "m/config.json: architectures = "),
+    (["--out", "kept"], "exists already"), (["--out", "strange", "--overwrite"], "exists already"),
+    (["--out", "strange", "--requeue"], "exists already"),
+])
+def test_what_would_change_or_overwrite_a_run_is_refused_and_nothing_is_touched(
+        play, world, flags, message):
+    if not (world / "kept").exists():
+        play("--out", "kept", steps=1)
+        (world / "strange").mkdir()
+        (world / "strange/thesis.tex").write_text("years of work")
+    state = lambda: {p: p.stat().st_mtime_ns for p in world.rglob("*") if p.name != "lock"}
+    before = state()
+    with pytest.raises(InputError, match=message):
+        play(*flags)
+    assert state() == before
+
+
+def test_a_run_whose_prompts_changed_under_it_is_not_resumed(play, world, monkeypatch):
+    own = world / "own.jsonl"
+    shutil.copy("p.jsonl", own)
+    play("--out", "fed", "--prompts", "own.jsonl")
+    own.write_text(own.read_text().replace("1 + 1", "1 + 2"))
+    with pytest.raises(InputError, match=r"own.jsonl \(--prompts\) is not what the run began with"):
+        play("--resume", "fed")
+
+
+def test_overwrite_begins_anew_and_leaves_what_is_not_the_runs(play, world):
+    play("--out", "again")
+    (world / "again/notes.txt").write_text("mine")
+    play("--out", "again", "--overwrite", "--seed", "1", steps=2)
+    assert steps(world / "again") == [1, 2] and (world / "again/notes.txt").read_text() == "mine"
+    assert list(runs.Run(world / "again").checkpoints()) == [2]
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_process_is_gone(play, world):
+    play("--out", "held", steps=1)
+    command = [sys.executable, "-c", "import runs, pathlib, time; run = runs.Run(pathlib.Path("
+               "'held')); print('locked', flush=True); time.sleep(60)"]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=world,
+                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(InputError, match=f"held is in use by process {other.pid}"):
+            play("--resume", "held")
+    finally:
+        other.kill()
+        other.wait()
+    play("--resume", "held")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def test_only_the_newest_checkpoints_are_kept_and_zero_keeps_all(play, world):
+    play("--out", "some", "--save-every", "1", "--keep", "2")
+    play("--out", "all", "--save-every", "1", "--keep", "0")
+    assert list(runs.Run(world / "some").checkpoints()) == [3, 4]
+    assert list(runs.Run(world / "all").checkpoints()) == [1, 2, 3, 4]
+    assert str((world / "some/checkpoint").readlink()) == "checkpoint-000004"
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(play, world, capsys):
+    play("--out", "hurt", "--save-every", "2")
+    shutil.copytree("hurt", "untouched", symlinks=True)
+    weights = world / "hurt/checkpoint-000004/model.safetensors"
+    os.truncate(weights, 1000)
+    assert "model.safetensors: 1000 bytes, was " in runs.damage(weights.parent)
+    play("--resume", "hurt")
+    said = capsys.readouterr().out
+    assert "checkpoint-000004 is not whole (model.safetensors: 1000 bytes" in said
+    assert "resuming hurt after step 2" in said
+    assert campaign.differences(world / "hurt", world / "untouched") == []
+    for path in runs.Run(world / "hurt").checkpoints().values():
+        (path / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        play("--resume", "hurt")
+
+
+def test_records_that_lost_lines_are_told_and_do_not_stop_the_run(play, world, capsys):
+    play("--out", "torn", "--save-every", "2")
+    shutil.copytree("torn", "mended", symlinks=True)
+    shutil.rmtree("torn/checkpoint-000004")
+    lines = (world / "torn/metrics.jsonl").read_bytes().splitlines(True)
+    (world / "torn/metrics.jsonl").write_bytes(lines[0] + lines[1][:9])
+    play("--resume", "torn")
+    assert "torn/metrics.jsonl is not what it was at checkpoint-000002" in capsys.readouterr().out
+    assert steps(world / "torn") == [1, 3, 4]
+    assert campaign.differences(world / "torn", world / "mended") == ["metrics.jsonl"]
+
+
+def test_too_little_free_disk_is_told_before_anything_is_written(play, world, monkeypatch):
+    monkeypatch.setattr(runs, "free_bytes", lambda path: 1000)
+    with pytest.raises(InputError, match=r"a checkpoint takes 0.00 GB, the disk has 0.00 GB free"):
+        play("--out", "small")
+    assert not (world / "small").exists()
+    free = iter([1e12, 1e12, 1000])
+    monkeypatch.setattr(runs, "free_bytes", lambda path: next(free))
+    reason = stopped(play, "--out", "small", "--save-every", "1")
+    assert reason.code == 3 and "checkpoint-000002 could not be written: it takes" in str(reason)
+    assert "newest whole checkpoint: checkpoint-000001" in str(reason)
+    assert not list((world / "small").glob("*.tmp"))
+    assert runs.damage(world / "small/checkpoint-000001") is None
+
+
+def test_a_rounded_policy_goes_on_from_its_fp32_masters_bit_for_bit(tmp_path):
+    def step(llama, optimizer, seed):
+        hidden = llama(torch.arange(12).view(2, 6) + seed)
+        llama.log_probs(hidden[0], torch.arange(6)).sum().backward()
+        optimizer.step(1e-3, 1.0)
+
+    def fresh():
+        llama = random_llama("untied", torch_dtype="bfloat16")
+        return llama, MasterAdamW(llama, torch.bfloat16, weight_decay=0.1)
+    llama, optimizer = fresh()
+    for seed in range(3):
+        step(llama, optimizer, seed)
+    optimizer.save(tmp_path / "state")
+    assert sorted(f.stem for f in (tmp_path / "state").iterdir()) == [
+        "exp_avg", "exp_avg_sq", "masters"]
+    other, again = fresh()
+    again.load(tmp_path / "state", optimizer.updates)
+    for pair in ((llama, optimizer), (other, again)):
+        step(*pair, 5)
+    assert optimizer.updates == again.updates == 4
+    for ours, theirs in ((optimizer.masters, again.masters), (optimizer.params, again.params)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_a_checkpoint_is_as_large_on_disk_as_was_asked_for(play, world):
+    play("--out", "size", steps=1)
+    llama = random_llama("llama3_tied", vocab_size=300, torch_dtype="bfloat16")
+    asked = MasterAdamW(llama, torch.float32, weight_decay=0).bytes_on_disk() - 2**20
+    held = sum(f.stat().st_size for f in (world / "size/checkpoint").rglob("*.safetensors"))
+    assert asked <= held <= asked + 20_000                                    # headers
+
+
+# ---------------------------------------------------------------- signals
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_phase_saves_and_the_run_goes_on_from_there(
+        play, world, monkeypatch, capfd, number):
+    name = number.name
+    play("--out", f"calm-{name}", game="lsp")
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    score, calls = rewards.RewardModel.__call__, []
+
+    def interrupted(self, queries, *rest):
+        calls.append(len(queries))
+        if len(calls) == 4:                          # the 3rd step's; the 1st is the evaluation's
+            os.kill(os.getpid(), number)
+        return score(self, queries, *rest)
+    monkeypatch.setattr(rewards.RewardModel, "__call__", interrupted)
+    reason = stopped(play, "--out", f"cut-{name}", game="lsp")
+    assert reason.code == 128 + number
+    assert str(reason) == (f"{name}: stopped; newest whole checkpoint: checkpoint-000002; to go on:"
+                           f" train.py --resume cut-{name}")
+    said = f"{name}: finishing this phase, then saving (again: stop at once)"
+    assert said in capfd.readouterr().err
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    play("--resume", f"cut-{name}")
+    assert campaign.left(world / f"cut-{name}")["metrics.jsonl"] == campaign.left(
+        world / f"calm-{name}")["metrics.jsonl"]
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+def test_five_skipped_updates_in_a_row_stop_the_run_with_a_checkpoint(play, world, monkeypatch):
+    nan = float("nan")
+    bad = lambda queries, answers, golds: torch.tensor([1.0, *[nan] * (len(queries) - 1)])
+    monkeypatch.setitem(rewards.VERIFIABLE, "exact", bad)
+    before = train.load_model(world / "m")
+    reason = stopped(play, "--out", "nan", "--reward", "exact", steps=9)
+    assert reason.code == 3 and "checkpoint-000005" in str(reason)
+    assert ("5 updates in a row were skipped, the last one: reward of query 1, answer 2 not finite"
+            in str(reason))
+    after = train.load_model(world / "nan/checkpoint")
+    assert all(torch.equal(a.bfloat16(), b.bfloat16()) for a, b in
+               zip(before.parameters(), after.parameters()))
+    first = json.loads((world / "nan/metrics.jsonl").read_text().splitlines()[0])
+    assert first["skipped"] and first["reward"] is first["loss"] is first["grad_norm"] is None
+    monkeypatch.undo()
+    os.chdir(world)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "nan"])
+    train.main()
+    assert steps(world / "nan") == list(range(1, 10))
+
+
+def test_json_never_holds_nan():
+    value = {"a": [1.0, float("nan"), {"b": float("-inf")}], "c": "NaN", "d": (2, None)}
+    assert runs.plain(value) == {"a": [1.0, None, {"b": None}], "c": "NaN", "d": [2, None]}
+
+
+@pytest.mark.parametrize("values", campaign.RUBBISH, ids=repr)
+def test_whatever_a_reward_returns_becomes_as_many_numbers_as_were_asked_for(values):
+    R = rewards.as_rewards(values, 2)
+    assert R.shape == (2,) and R.dtype == torch.float32 and not R.isfinite().any()
+
+
+def test_a_judge_whose_logits_are_nan_is_unread_and_counted(play, world, monkeypatch):
+    write_checkpoint(world / "broken", "llama3_tied", max_position_embeddings=8192)
+    load = train.load_model
+
+    def spoilt(path, **options):
+        llama = load(path, **options)
+        if Path(path).name == "broken":
+            llama.model.norm.weight.data.fill_(float("nan"))
+        return llama
+    monkeypatch.setattr(train, "load_model", spoilt)
+    play("--out", "judged", "--judge", "broken", "--self-reward", "expected", game="lsp", steps=1)
+    m = json.loads((world / "judged/metrics.jsonl").read_text())
+    assert m["parse_failures"] == {"not_finite": 4} and m["unread"] == 1 and m["judge_mass"] is None
+    assert m["quality"] == 0 and not m["skipped"]
+
+
+# ---------------------------------------------------------------- out of memory
+
+def test_out_of_memory_in_the_update_is_tried_once_more_with_half_the_micro_batch(
+        play, world, monkeypatch, capsys):
+    play("--out", "roomy", steps=1)
+    accumulate, errors = train.accumulate, []
+
+    def tight(game, rows, weight):
+        sums = accumulate(game, rows, weight)          # its gradient must be forgotten
+        if game.settings.micro_batch_tokens > limit:
+            errors.append(game.settings.micro_batch_tokens)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return sums
+    monkeypatch.setattr(train, "accumulate", tight)
+    limit = 4096
+    play("--out", "tight", steps=1)
+    assert errors == [8192] and "again with --micro-batch-tokens 4096" in capsys.readouterr().out
+    same = campaign.differences(world / "tight", world / "roomy")
+    assert same == []                                # here all rows fit into either size
+    limit = 0
+    reason = stopped(play, "--out", "tighter", steps=1)
+    assert reason.code == 3 and str(reason).startswith(
+        "out of memory in phase update (lower --micro-batch-tokens or --answer-tokens): CUDA out")
+    assert "checkpoint-000000" in str(reason)
+    limit = 1
+    play("--resume", "tighter", "--micro-batch-tokens", "1")
+    assert steps(world / "tighter") == [1]
+
+
+@pytest.mark.parametrize("name, error, switches", [
+    ("challenge", RuntimeError("MPS backend out of memory"), "--batch-tokens or --query-tokens"),
+    ("solve", MemoryError(), "--batch-tokens or --answer-tokens"),
+    ("judge", RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+     "--batch-tokens or --judge-tokens")])
+def test_out_of_memory_names_its_phase_and_two_switches(name, error, switches):
+    with pytest.raises(runs.RunStopped, match=rf"phase {name} \(lower {switches}\)"):
+        with phases.Phases()(name):
+            raise error
+    with pytest.raises(RuntimeError, match="shape"):
+        with phases.Phases()(name):
+            raise RuntimeError("shape mismatch")
+
+
+def test_a_stopped_run_ends_a_script_in_one_line_with_its_code(capsys):
+    def main():
+        raise runs.RunStopped("the disk is full", 3)
+    with pytest.raises(SystemExit) as end:
+        runs.run_script(main)
+    assert end.value.code == 3 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_skipped_update_is_told_on_the_steps_line():
+    assert log.fault_text([{"query": 3, "answer": None, "what": "log-prob"}]) == (
+        "log-prob of query 3 not finite")
