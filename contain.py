@@ -57,10 +57,16 @@ def ask(request: list) -> list | str:
             [sys.executable, __file__, str(SECONDS)], text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     reply = ""
-    with contextlib.suppress(BrokenPipeError):
+    try:
         child.stdin.write(json.dumps(request) + "\n")
         child.stdin.flush()
         reply = child.stdout.readline()
+    except BrokenPipeError:
+        pass
+    except BaseException:          # Ctrl-C: what it still says must not answer the next request
+        child.kill()
+        child.wait()
+        raise
     if reply.endswith("\n"):
         return json.loads(reply)
     code, child = child.wait(), None
