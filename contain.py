@@ -60,10 +60,16 @@ def ask(request: list) -> list | str:
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
             env=os.environ | {"RAYON_NUM_THREADS": "1"})
     reply = ""
-    with contextlib.suppress(BrokenPipeError):
+    try:
         child.stdin.write(json.dumps(request) + "\n")
         child.stdin.flush()
         reply = child.stdout.readline()
+    except BrokenPipeError:
+        pass
+    except BaseException:          # Ctrl-C: what it still says must not answer the next request
+        child.kill()
+        child.wait()
+        raise
     if reply.endswith("\n"):
         return json.loads(reply)
     code, child = child.wait(), None

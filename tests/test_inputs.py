@@ -285,6 +285,22 @@ def test_a_hostile_chat_template_ends_in_one_line_and_the_next_one_works(tmp_pat
     assert Tokenizer(tmp_path / "m").chat([{"role": "user", "content": "ab"}])
 
 
+def test_an_interrupted_request_does_not_answer_the_next_one():
+    turns = lambda text: [[{"role": "user", "content": text}]]
+    template = "{{ messages[0].content }}"
+    assert contain.render(template, turns("a"), {}) == ["a"]
+    started = contain.child
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+    stdout, started.stdout = started.stdout, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        contain.render(template, turns("b"), {})
+    started.stdout = stdout
+    assert contain.render(template, turns("c"), {}) == ["c"]
+
+
 def test_a_chat_template_may_be_one_of_several_and_odd_ones_are_passed_over(tmp_path):
     write_checkpoint(tmp_path / "m", "untied")
     file = tmp_path / "m/tokenizer_config.json"
