@@ -2,11 +2,12 @@
 
     python bench/soak.py                       # minutes are in its JSON line; Linux
 
-A small game (4 queries, 4 answers) at a learning rate too low to change how it is played, so that
-every step does the same work. Memory is the process's resident set, time its CPU time, both from
-/proc, read as metrics.jsonl grows. On a machine that others use too, CPU time itself swings (shared
-caches, two threads a core), so a fixed piece of work is timed beside the run all along, and a
-step's time is also given in that unit. Prints a table and one JSON line.
+A small game (2 queries, 2 answers) at a learning rate too low to change how it is played, so that
+every step does the same work; an evaluation, which takes the most memory, every 100 steps. Memory
+is the process's resident set, time its CPU time, both from /proc, read as metrics.jsonl grows. On a
+machine that others use too, CPU time itself swings (shared caches, two threads a core): a fixed
+piece of work is timed beside the run all along, and a step's time is also given in that unit.
+Prints a table and one JSON line.
 """
 import argparse
 import json
@@ -25,7 +26,7 @@ import torch  # noqa: E402
 
 import runs  # noqa: E402
 
-FLAGS = ["--queries", "4", "--answers", "4", "--learning-rate", "1e-6", "--eval-every", "1000",
+FLAGS = ["--queries", "2", "--answers", "2", "--learning-rate", "1e-6", "--eval-every", "100",
          "--device", "cpu"]
 
 
