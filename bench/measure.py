@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))             # before bench/, whose memory.py is no
 
 from files import InputError  # noqa: E402
 from model import Llama, parse_config  # noqa: E402
-from runs import Parser, append_line  # noqa: E402
+from results import append_line  # noqa: E402
+from runs import Parser  # noqa: E402
 
 LLAMA3 = {"rope_theta": 500000.0, "rope_scaling": {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -13,6 +13,7 @@ import torch
 from checkpoints import random_llama, write_checkpoint
 from conftest import ROOT
 
+import game as players
 import log
 import phases
 import rewards
@@ -278,12 +279,12 @@ def test_five_skipped_updates_in_a_row_stop_the_run_with_a_checkpoint(play, worl
     nan = float("nan")
     bad = lambda queries, answers, golds: torch.tensor([1.0, *[nan] * (len(queries) - 1)])
     monkeypatch.setitem(rewards.VERIFIABLE, "exact", bad)
-    before = train.load_model(world / "m")
+    before = players.load_model(world / "m")
     reason = stopped(play, "--out", "nan", "--reward", "exact", steps=9)
     assert reason.code == 3 and "checkpoint-000005" in str(reason)
     assert ("5 updates in a row were skipped, the last one: reward of query 1, answer 2 not finite"
             in str(reason))
-    after = train.load_model(world / "nan/checkpoint")
+    after = players.load_model(world / "nan/checkpoint")
     assert all(torch.equal(a.bfloat16(), b.bfloat16()) for a, b in
                zip(before.parameters(), after.parameters()))
     first = json.loads((world / "nan/metrics.jsonl").read_text().splitlines()[0])
@@ -308,14 +309,14 @@ def test_whatever_a_reward_returns_becomes_as_many_numbers_as_were_asked_for(val
 
 def test_a_judge_whose_logits_are_nan_is_unread_and_counted(play, world, monkeypatch):
     write_checkpoint(world / "broken", "llama3_tied", max_position_embeddings=8192)
-    load = train.load_model
+    load = players.load_model
 
     def spoilt(path, **options):
         llama = load(path, **options)
         if Path(path).name == "broken":
             llama.model.norm.weight.data.fill_(float("nan"))
         return llama
-    monkeypatch.setattr(train, "load_model", spoilt)
+    monkeypatch.setattr(players, "load_model", spoilt)
     play("--out", "judged", "--judge", "broken", "--self-reward", "expected", game="lsp", steps=1)
     m = json.loads((world / "judged/metrics.jsonl").read_text())
     assert m["parse_failures"] == {"not_finite": 4} and m["unread"] == 1 and m["judge_mass"] is None
@@ -336,9 +337,9 @@ def test_out_of_memory_in_the_update_is_tried_once_more_with_half_the_micro_batc
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return sums
     monkeypatch.setattr(train, "accumulate", tight)
-    limit = 4096
+    limit = 1024
     play("--out", "tight", steps=1)
-    assert errors == [8192] and "again with --micro-batch-tokens 4096" in capsys.readouterr().out
+    assert errors == [2048] and "again with --micro-batch-tokens 1024" in capsys.readouterr().out
     same = campaign.differences(world / "tight", world / "roomy")
     assert same == []                                # here all rows fit into either size
     limit = 0

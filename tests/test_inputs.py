@@ -14,6 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 import contain
 import files
+import log
 import rewards
 import runs
 import sample
@@ -459,12 +460,12 @@ def step(folder, monkeypatch, queries=None, answers=None, **settings):
     scripted(monkeypatch, game, queries, answers)
     r = train.play(game, 0)
     learnt = train.update(game, MasterAdamW(game.policy, torch.float32, weight_decay=0.0), r, 0)
-    metrics = json.loads(json.dumps(runs.measure(s, r) | learnt))
+    metrics = json.loads(json.dumps(log.measure(s, r) | learnt))
     numbers = [v for v in metrics.values() if isinstance(v, float)]
     assert len(numbers) > 8 and all(torch.tensor(numbers).isfinite()) and not metrics["skipped"]
     assert all(torch.isfinite(p).all() for p in game.policy.parameters())
-    assert len(list(runs.samples(r, 1))) == 3 and runs.example_line(r) and runs.transcript(s, r)
-    assert runs.step_line(s, metrics | {"step": 1, "seconds": 1.0})
+    assert len(list(log.samples(r, 1))) == 3 and log.example_line(r) and log.transcript(s, r)
+    assert log.step_line(s, metrics | {"step": 1, "seconds": 1.0})
     return game, r, metrics
 
 
@@ -523,7 +524,7 @@ def test_a_round_of_held_out_queries_alone_teaches_nothing(monkeypatch):
     before = [p.detach().clone() for p in game.policy.parameters()]
     r = train.play(game, 0)
     m = train.update(game, MasterAdamW(game.policy, torch.float32, weight_decay=0.0), r, 0)
-    m |= runs.measure(s, r)
+    m |= log.measure(s, r)
     assert m["held_out_queries"] == 1 and m["grad_norm"] == 0 and m["flat_groups"] is None
     assert all(torch.equal(p, b) for p, b in zip(game.policy.parameters(), before))
-    assert runs.step_line(s, m | {"step": 1, "seconds": 1.0})
+    assert log.step_line(s, m | {"step": 1, "seconds": 1.0})
