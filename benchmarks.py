@@ -81,7 +81,11 @@ def is_right(name: str, problem: dict, answer: str, *, cut: bool) -> tuple[bool,
         right = grade.same_answer(said, problem["gold"])
         return right, "equal" if right else "not equal"
     program = getattr(grade, f"{name}_program")(problem["problem"], answer)
-    return grade.run_program(program)
+    right, why = grade.run_program(program)
+    if why == "sandbox":                            # a fault of this machine, not of the answer
+        raise InputError("a program could not be started in its containment; the same command goes "
+                         "on from here")
+    return right, why
 
 
 def scores(records: list[dict], samples: int) -> dict[str, list[float]]:

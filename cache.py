@@ -41,15 +41,15 @@ class Cache:
         self.fixed = False       # a captured step always reads `used`, which its caller looks after
 
     def place(self, T: int) -> tuple[Tensor, Tensor | None]:
-        """Slots of T further tokens a row, (B, T), and what they may see, (B, 1, T, S) bool."""
+        """Slots of T further tokens a row, (B, T), and what they may see, (B, T, S) bool; None:
+        plain causal attention."""
         slots = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)    # (B, T)
         self.lengths += T                    # in place: a captured step finds it where it was
         fresh = self.used == 0
         self.used += 0 if self.fixed else T
         if fresh:
-            return slots, None               # nothing held yet: plain causal attention
-        seen = torch.arange(self.used, device=slots.device) <= slots[..., None]        # (B, T, S)
-        return slots, seen[:, None]
+            return slots, None               # nothing held yet
+        return slots, torch.arange(self.used, device=slots.device) <= slots[..., None]
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, d) at slots (B, T) and return all keys and values so far, (B, K, S, d).
@@ -139,13 +139,13 @@ class Continuation:
 
     def place(self, T: int) -> tuple[Tensor, Tensor]:
         """Slots (B, T), and what they may see: their prompt without its padding, and no later
-        token of their own, (B, 1, T, S + T) bool."""
+        token of their own, (B, T, S + T) bool."""
         start = self.prompts.lengths[self.which][:, None]                                # (B, 1)
         own = torch.arange(T, device=start.device)                                       # (T,)
         prompt = torch.arange(self.prompts.k[0].shape[2], device=start.device) < start   # (B, S)
         seen = torch.cat((prompt[:, None].expand(-1, T, -1),
                           (own <= own[:, None]).expand(len(start), -1, -1)), dim=-1)
-        return start + own, seen[:, None]
+        return start + own, seen
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         held_k, held_v = self.prompts.k[layer], self.prompts.v[layer]

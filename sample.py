@@ -206,13 +206,16 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     vocabulary. Found in two steps, the block of tokens and the token in it: adding up V numbers one
     after the other in float64 would be the dearest part of a small model's step.
     """
-    logp = torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, dim=-1)
+    scaled = logits if temperature in (0, 1) else logits / temperature
+    p = scaled.softmax(-1)                                                   # (B, V)
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)                              # (B, 1)
     else:
-        p = (logp.cpu() if logp.device.type == "mps" else logp).exp()        # (B, V)
-        blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))        # (B, V/b, b)
-        sums = blocks.sum(-1, dtype=torch.float64)                           # (B, V/b)
+        exact = p.cpu() if p.device.type == "mps" else p                     # MPS has no float64
+        if p.shape[1] % BLOCK:
+            exact = F.pad(exact, (0, -p.shape[1] % BLOCK))
+        blocks = exact.unflatten(1, (-1, BLOCK))                             # (B, V/b, b)
+        sums = blocks.sum(-1).double()                                       # (B, V/b)
         ends = sums.cumsum(-1)                                               # (B, V/b)
         # Kept below the sums and not below 0, where rounding would point at a token without any
         # probability.
@@ -220,11 +223,11 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
         aim = (uniform[:, None] * ends[:, -1:]).minimum(ends[:, -1:] * below)        # (B, 1)
         block = torch.searchsorted(ends, aim, right=True)                    # (B, 1)
         ends_in = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)
-        aim_in = (aim - (ends - sums).gather(1, block)).clamp(min=0)         # (B, 1)
-        aim_in = aim_in.minimum(ends_in[:, -1:] * below)
+        share = 1 - (ends.gather(1, block) - aim) / sums.gather(1, block)    # (B, 1) of the block
+        aim_in = ends_in[:, -1:] * share.clamp(0, below)                     # (B, 1)
         token = block * BLOCK + torch.searchsorted(ends_in, aim_in, right=True)      # (B, 1)
-        token = token.to(logp.device)
-    return token[:, 0], logp.gather(-1, token)[:, 0]
+        token = token.to(p.device)
+    return token[:, 0], p.gather(-1, token)[:, 0].log()
 
 
 BLOCK = 128              # tokens in a block of pick

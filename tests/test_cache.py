@@ -172,4 +172,5 @@ def test_pick_in_blocks_equals_the_plain_inverse(V):
     aim = uniform * ends[:, -1]
     rows = torch.arange(2000)
     low = torch.where(token > 0, ends[rows, (token - 1).clamp(min=0)], 0.0)
-    assert ((low <= aim + 1e-12) & (aim <= ends[rows, token] + 1e-12)).all()
+    # Block sums are fp32, as the probabilities are.
+    assert ((low <= aim + 1e-6) & (aim <= ends[rows, token] + 1e-6)).all()
