@@ -49,6 +49,9 @@ def run_script(main):
         sys.exit(2 if isinstance(error, InputError) else error.code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:                    # whoever read our output, as `| head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def add_flags(parser: Parser, settings_class):

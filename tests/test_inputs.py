@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import TOKENIZER, write_checkpoint
+from conftest import ROOT
 from huggingface_hub.utils import filter_repo_objects
 
 import contain
@@ -528,3 +530,9 @@ def test_a_round_of_held_out_queries_alone_teaches_nothing(monkeypatch):
     assert m["held_out_queries"] == 1 and m["grad_norm"] == 0 and m["flat_groups"] is None
     assert all(torch.equal(p, b) for p, b in zip(game.policy.parameters(), before))
     assert log.step_line(s, m | {"step": 1, "seconds": 1.0})
+
+
+def test_a_reader_that_ends_early_brings_no_traceback(tmp_path):
+    command = f"{sys.executable} {ROOT / 'train.py'} --steps 1 --device cpu | head -n 1"
+    result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stderr == "" and result.stdout == "model = tiny\n"
