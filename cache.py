@@ -63,11 +63,13 @@ class Cache:
         return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
 
     def select(self, rows: Tensor):
-        """Keep these rows, in this order; one layer at a time, so that there is no second cache."""
+        """Make rows[i] the row i and forget the others; only rows that change place are copied."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
         self.lengths = self.lengths[rows]
         for held in (self.k, self.v):
             for layer, old in enumerate(held):
-                held[layer] = old[rows]
+                old[moved] = old[rows[moved]]
+                held[layer] = old[:len(rows)]
 
     def fill(self, rows: Tensor, other: "Cache", which: Tensor):
         """Copy another cache's rows `which` (repeats allowed) into `rows`."""

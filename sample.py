@@ -141,10 +141,12 @@ def decode(model: Llama, prompts: list[list[int]], *, limits: list[int], seeds: 
                 return
             # With a graph, departures cost a capture: wait until a quarter of the rows may go.
             if len(keep) < len(ended) * (0.75 if graphs else 1):
+                left = torch.arange(len(keep), device=device)      # the last rows take empty places
+                left[ended[:len(keep)]] = keep[keep >= len(keep)]
                 inside, token, limit, ended, uniforms = (
-                    inside[keep], token[keep], limit[keep], ended[keep],
-                    uniforms[keep.to(uniforms.device)])
-                cache.select(keep)
+                    inside[left], token[left], limit[left], ended[left],
+                    uniforms[left.to(uniforms.device)])
+                cache.select(left)
                 captured = None
         if graphs and (captured is None or longest + step >= cache.used):
             cache.used = min(size, (longest + step) // REACH * REACH + REACH)
