@@ -46,6 +46,9 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     device, dtype = pick_device(s.device)
     if s.reward == "tiny" and device.type == "cpu":
         torch.set_num_threads(1)           # matrices this small: threads would wait for each other
+    if s.gpu_memory and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, s.gpu_memory * 1e9 / whole), device)
     load = lambda path, dtype=dtype: load_model(path, device=device, dtype=dtype)
     start = find_model(s.model)
     reference_path = find_model(s.reference) if s.reference else start

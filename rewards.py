@@ -60,14 +60,14 @@ class RewardModel:
     token of the chat-formatted pair (query as the user's turn, answer as the assistant's).
 
     A pair that its context does not hold is scored without the end of the answer (chat.fit);
-    `shortened` says for how many pairs of the last call.
+    `shortened` says for how many pairs of the last call, `tokens` how many these pairs had.
     """
 
     def __init__(self, path, *, device="cpu", dtype=torch.float32, batch_tokens: int = 16384):
         self.tokenizer = Tokenizer(path)
         self.model = load_model(path, device=device, dtype=dtype)
         self.batch_tokens = batch_tokens
-        self.shortened = 0
+        self.shortened = self.tokens = 0
         if not self.model.config.scalar_head:
             raise InputError(f"{path}: not a reward model (config.json asks for no "
                              "LlamaForSequenceClassification)")
@@ -78,7 +78,7 @@ class RewardModel:
         fitted = fit(self.tokenizer, list(zip(queries, answers)), turns,
                      self.model.config.max_position_embeddings, generation_prompt=False)
         rows = [ids for ids, _, _ in fitted]
-        self.shortened = sum(cut for _, _, cut in fitted)
+        self.shortened, self.tokens = sum(cut for _, _, cut in fitted), sum(map(len, rows))
         hidden = last_hidden(self.model, rows, queries, self.batch_tokens)   # (M, D)
         with torch.no_grad():
             return self.model.score(hidden).float().cpu()
@@ -114,7 +114,7 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
     probability that these eight had. Below .5 the judge wanted to say something else. A score that
     is not finite is unread, for the reason not_finite.
     A pair that the judge's context does not hold is judged without the end of the answer
-    (chat.fit); both records say so: shortened.
+    (chat.fit); both records say so: shortened. Both name the tokens read and written: judge_tokens.
     """
     start = tokenizer.encode("<Score>")
     room = judge.config.max_position_embeddings - (
@@ -132,17 +132,19 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
             p = judge.logits(hidden).softmax(-1)[:, [d[0] for d in digits]].cpu()   # (M, 8)
         mass = p.sum(-1)                                                     # (M,)
         scores = (p * torch.arange(8.0)).sum(-1) / mass                              # (M,)
-        return scores, [{"mass": m, "shortened": cut} | ({"reason": "not_finite"} if unread else {})
-                        for m, cut, unread in zip(mass.tolist(), shortened,
-                                                  scores.isnan().tolist())]
+        return scores, [{"mass": m, "shortened": cut, "judge_tokens": [len(ids), 0]}
+                        | ({"reason": "not_finite"} if unread else {})
+                        for m, ids, cut, unread in zip(mass.tolist(), prompts, shortened,
+                                                       scores.isnan().tolist())]
     written = sample(judge, prompts, max_new_tokens=max_new_tokens, temperature=temperature,
                      stop_ids=tokenizer.stop_ids, generator=generator, batch_tokens=batch_tokens)
     scores, records = [], []
-    for (judgement,), cut in zip(written, shortened):
+    for (judgement,), ids, cut in zip(written, prompts, shortened):
         text = text_of(tokenizer, judgement)
         score, reason = parse_self_reward(text, stopped=judgement.stopped)
         scores.append(float("nan") if score is None else score)
-        records.append({"judgement": text, "reason": reason, "shortened": cut})
+        records.append({"judgement": text, "reason": reason, "shortened": cut,
+                        "judge_tokens": [len(ids), len(judgement.tokens)]})
     return torch.tensor(scores, dtype=torch.float32), records
 
 

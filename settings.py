@@ -8,10 +8,11 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import budget
 import lsp
 import rewards
 from chat import SURROGATE
-from files import NAMES, InputError, find_model, inside, prompt_file, read_json
+from files import NAMES, InputError, find_model, inside, pick_device, prompt_file, read_json
 from tiny.world import MIXES
 
 
@@ -60,10 +61,16 @@ class Settings:
     warmup: int = setting(0, "steps of linear warm-up", 0)
     weight_decay: float = setting(0.0, "AdamW's", 0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: any", 0)
-    micro_batch_tokens: int = setting(2048, "padded tokens a pass; changes no gradient", 1)
+    micro_batch_tokens: int = setting(2048, "padded tokens a pass; changes no gradient; on a GPU "
+                                      "as many as fit", 1)
     checkpointing: bool = setting(False, "keep each block's input alone and compute the rest again "
                                   "in the backward pass: a third slower, far less memory")
-    batch_tokens: int = setting(65536, "tokens in the sampler's cache; changes no completion", 1)
+    offload: bool = setting(False, "keep masters and moments in host memory, and on the GPU only "
+                            "the model in use: small cards, slower")
+    batch_tokens: int = setting(65536, "tokens in the sampler's cache; changes no completion; on a "
+                                "GPU as many as fit", 1)
+    gpu_memory: float = setting(0.0, "GB (1e9 bytes) of the GPU that the run may take, or that "
+                                "--dry-run imagines; 0: what is free", 0, 10**6)
 
     eval_prompts: str | None = setting(None, "held-out prompts: reward, win-rate against the start")
     eval_every: int = setting(50, "steps between evaluations", 1)
@@ -77,10 +84,12 @@ class Settings:
     overwrite: bool = setting(False, "delete the run that --out holds, and begin anew")
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     watch: bool = setting(False, "play one round, print it as a transcript, update nothing")
+    dry_run: bool = setting(False, "tell what the run needs of memory, time and disk, from "
+                            "config.json files alone; exit code 3 where it does not fit")
 
 
 ALGOS = {"lsp": {"self_reward": "generate"}, "lsp-zero": {}, "grpo": {"learning_rate": 1e-6}}
-GPU = {"checkpointing": True, "micro_batch_tokens": 8192}
+GPU = {"checkpointing": True}
 MODELS = {"llama-3.2-1b": {"reward": "skywork-v2-1b"} | GPU, "llama-3.2-3b": GPU}
 STRANGERS_MAY_SET = ("task", "template", "reward", "mask_truncated", "checkpointing")
 # Flags that name something which only some runs use; given to another run, they are refused.
@@ -92,14 +101,18 @@ NEEDS = {
     "a KL term, --beta above 0, or a judge": (
         lambda s: s.beta > 0 or s.algo == "lsp" and not s.judge, ("reference",)),
     "a run that trains: no --watch": (lambda s: not s.watch, ("out", "eval_prompts")),
+    "a GPU, or --dry-run": (
+        lambda s: s.dry_run or pick_device(s.device)[0].type == "cuda", ("gpu_memory",)),
 }
 
 # What --resume may be given beside the folder. FREE changes nothing that is learnt; RETUNE is
 # allowed with a warning: --steps moves the decay's end, the others the last bits of sums. Any other
 # setting would make it another run and is refused.
-FREE = ("eval_every", "save_every", "keep", "max_bad_steps")
+FREE = ("eval_every", "save_every", "keep", "max_bad_steps", "gpu_memory")
 RETUNE = ("steps", "device", "batch_tokens", "micro_batch_tokens", "checkpointing")
-COMMANDS = ("resume", "requeue", "overwrite", "watch", "out")        # not part of what a run is
+COMMANDS = ("resume", "requeue", "overwrite", "watch", "dry_run", "out")     # not what a run is
+# Settings that came later; their defaults are what runs did before, so that older ones go on.
+ADDED = ("offload", "gpu_memory", "dry_run")
 
 
 def resolve(given: dict) -> tuple[Settings, dict]:
@@ -110,16 +123,16 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     named = set(given)                                           # on the command line itself
     if given.get("requeue") and not given.get("out"):
         raise InputError("--requeue needs --out: the folder to go on in, or to begin")
-    commands = [key for key in COMMANDS[:4] if given.get(key)]
+    commands = [key for key in COMMANDS[:5] if given.get(key)]
     if len(commands) > 1 or given.get("resume") and given.get("out"):
-        raise InputError("give one of --resume RUN, --requeue, --overwrite, --watch"
+        raise InputError("give one of --resume RUN, --requeue, --overwrite, --watch, --dry-run"
                          " (--resume goes on in its own folder: no --out)")
     if given.get("requeue") and os.path.exists(Path(given["out"]) / "config.json"):
         given = given | {"resume": given["out"]}
     if given.get("resume"):
         given = continued(Path(given["resume"]), given)
     name = given.get("model", Settings.model)
-    path = find_model(name)
+    path = find_model(name, weights=not given.get("dry_run"))
     preset = MODELS.get(name, {})
     file = inside(path, "training.json")
     if file.exists():
@@ -133,7 +146,7 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     s.challenger_prompt = s.challenger_prompt or str(prompt_file(path, "challenger"))
     s.self_reward_prompt = s.self_reward_prompt or str(prompt_file(path, "self_reward"))
     check(s)
-    return s, preset
+    return budget.sized(s, preset | given), preset
 
 
 def read_preset(file: Path) -> dict:
@@ -165,6 +178,7 @@ def continued(folder: Path, given: dict) -> dict:
     stored = read_json(file)
     stored.pop("sources", None)
     check_types(stored, file)
+    stored = {key: asdict(Settings())[key] for key in ADDED} | stored
     if missing := [f.name for f in fields(Settings) if f.name not in stored]:
         raise InputError(f"{file}: not the settings of a run ({missing[0]} is missing)")
     changed = {key: value for key, value in given.items()

@@ -14,6 +14,7 @@ which could never bind, every batch being used once. Shapes: N queries, G answer
 """
 import json
 import math
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import log
 import lsp
+import report
 import rewards
 import runs
 from chat import fit
@@ -57,13 +59,12 @@ class Round:
     A_ch: Tensor | None                    # (N,)
     shortened: dict[str, int]              # texts cut to fit a context: queries, rewarded, judged
     seconds: dict[str, float]              # by phase
-    tokens: dict[str, int]                 # by phase
 
 
 def play(game: Game, step: int) -> Round:
     """Algorithm 1 up to the update. What is random in it depends on the seed and the step alone."""
     s, G, phase = game.settings, game.settings.answers, game.phase
-    phase.seconds = {}
+    phase.seconds, phase.peak_gb = {}, {}
     speak = dict(temperature=s.temperature, stop_ids=game.tokenizer.stop_ids,
                  batch_tokens=s.batch_tokens)
 
@@ -91,8 +92,6 @@ def play(game: Game, step: int) -> Round:
                              max_new_tokens=s.answer_tokens,
                              generator=generator(s.seed, step, SOLVE), **speak)
         answers = [[text_of(game.tokenizer, row) for row in group] for group in answer_rows]
-    count = lambda rows: sum(len(row.tokens) for row in rows)
-    tokens = {"challenge": count(query_rows), "solve": sum(map(count, answer_rows))}
 
     # Score: R(q, a), and in lsp the judge's R_Q(q, a). The same pair is scored once.
     triples = [(q, a, gold) for q, gold, group in zip(queries, golds, answers) for a in group]
@@ -129,7 +128,7 @@ def play(game: Game, step: int) -> Round:
     if query_rows and kept.sum() >= 2:
         A_ch[kept] = lsp.challenger_advantages(s.reward_scale * R[kept], quality)    # Eq. 3
     return Round(queries, golds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
-                 judgements, kept, A_sol, A_ch, shortened, phase.seconds, tokens)
+                 judgements, kept, A_sol, A_ch, shortened, phase.seconds)
 
 
 # ---------------------------------------------------------------- update
@@ -199,6 +198,8 @@ def differentiate(game: Game, optimizer: MasterAdamW, solver: list[Row],
 
 def train(s: Settings, preset: dict):
     """Begin a run, or go on with one, and play until the last step, a signal or a fault."""
+    if s.dry_run:
+        sys.exit(report.dry_run(s))
     run = runs.Run(Path(s.resume)) if s.resume else None     # its lock, from here on
     game = set_up(s, run.newest_whole() if run else None)
     device, dtype = pick_device(s.device)
@@ -212,6 +213,7 @@ def train(s: Settings, preset: dict):
     with run, StopRequest() as game.phase.stop:
         run.begin(asdict(s), game.sources)
         print("\n".join(f"{k} = {value}" for k, value in asdict(s).items() if value is not None))
+        print(report.opening(s))
         state = run.restore(s.keep, torch=torch.__version__, device=device.type)
         if run.checkpoint:
             optimizer.load(run.checkpoint / "state", state["updates"])
@@ -224,6 +226,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
     """The steps that are left. Only a whole step is ever saved; one that was cut short is played
     again, and draws the same random numbers, which depend on the seed and the step alone."""
     s, out = game.settings, run.folder
+    budget_gb, bounds = report.peaks_gb(s), report.best(game)
     step, bad_steps = state["step"], state["bad_steps"]
     saved = step if run.checkpoint else None
     evals = read_lines(out / "eval.jsonl")
@@ -272,11 +275,13 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
             step += 1
             bad_steps = bad_steps + 1 if learnt["skipped"] else 0
             m = {"step": step} | log.measure(s, r) | learnt | {
-                "seconds": seconds, "phase_seconds": r.seconds,
-                "tokens_per_second": {p: n / r.seconds[p] for p, n in r.tokens.items() if n}}
+                "seconds": seconds, "phase_seconds": r.seconds, "peak_gb": game.phase.peak_gb,
+                "budget_gb": budget_gb} | report.speed(game, r, bounds)
             run.append("metrics.jsonl", [m])
             run.append("samples.jsonl", list(log.samples(r, step)))
             print(log.step_line(s, m), flush=True)
+            if bounds:
+                print(report.speed_line(m), flush=True)
             if step % 10 == 0:
                 print(log.example_line(r), flush=True)
             if bad_steps >= s.max_bad_steps:
