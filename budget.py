@@ -20,6 +20,7 @@ import rewards
 from cache import PREFILL_TOKENS
 from config import Config
 from files import InputError, find_model, pick_device, read_prompt
+from memory import BLOCK
 from model import LOGITS_PER_CHUNK, read_config
 
 # What must stay free: a share of the memory for the allocator's gaps, and of what is estimated (all
@@ -147,14 +148,10 @@ def sampling(c: Config, width: int, *, rows: int, each: int, prompt: int, common
              "logits": (8 + 4 * (width == 2) + 4) * B * V}]
 
 
-def scoring(c: Config, width: int, *, rows: int, each: int, prompt: int, rest: int, limit: int,
+def scoring(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int,
             chunk: int = 0) -> list[dict]:
-    """rewards.last_hidden, and with a chunk of logits the reference's log-probs: a forward pass of
-    prompts whose keys and values are kept, then of what follows them."""
-    B = min(rows, max(1, limit // (prompt + rest)))
-    P = min(math.ceil(rows / each), B)
-    if B < rows and not chunk:       # sorted by length, a group's only row of a batch is its prompt
-        prompt = prompt + rest
+    """cache.shared_forward without gradients: prompts, whose keys and values are kept, then what
+    follows them; then log-probs, `chunk` logits at once, or none."""
     held = P * prompt * token_cache(c, width)
     hidden = P * prompt * c.hidden_size * width
     joined = (2 * B * (prompt + rest) * keys(c) * width      # Continuation.write, one layer's
@@ -165,37 +162,42 @@ def scoring(c: Config, width: int, *, rows: int, each: int, prompt: int, rest: i
              "activations": hidden + 3 * B * (1 + rest) * c.hidden_size * width}]
 
 
-def differentiating(s, c: Config, reference: Config | None, width: int, *, rows: int, each: int,
-                    prompt: int, rest: int, chunk: int) -> list[dict]:
-    """gradient.accumulate, one micro-batch: activations that wait for the backward pass, beside
-    them the reference's forward pass, then the head's backward pass, then a block's."""
-    D, V, inner = c.hidden_size, c.vocab_size, c.intermediate_size
+def last_hidden(rows: int, each: int, prompt: int, rest: int, tokens: int) -> dict:
+    """The largest batch of rewards.last_hidden, `tokens` a pass."""
+    B = min(rows, max(1, tokens // (prompt + rest)))
+    # Sorted by length, groups are torn apart: a group's only row in a batch is a prompt itself.
+    return {"B": B, "P": min(math.ceil(rows / each), B), "rest": rest,
+            "prompt": prompt if B == rows else prompt + rest}
+
+
+def micro_batch(rows: int, each: int, prompt: int, rest: int, tokens: int) -> dict:
+    """The largest of gradient.micro_batches."""
     room = lambda B: math.ceil(B / each) * prompt + B * rest
-    B = max(1, bisect_right(range(1, rows + 1), s.micro_batch_tokens, key=room))
-    P = math.ceil(B / each)
-    tokens, pairs = room(B), P * prompt + B * (prompt + rest)       # that have keys and values
+    B = max(1, bisect_right(range(1, rows + 1), tokens, key=room))
+    return {"B": B, "P": math.ceil(B / each), "prompt": prompt, "rest": rest}
+
+
+def differentiating(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int, chunk: int,
+                    checkpointing: bool) -> list[dict]:
+    """gradient.accumulate, one micro-batch: activations that wait for the backward pass; beside
+    them the head's backward pass, then a block's."""
+    D, V, inner = c.hidden_size, c.vocab_size, c.intermediate_size
+    tokens, pairs = P * prompt + B * rest, P * prompt + B * (prompt + rest)   # pairs: keys, values
     # A block keeps its input, two norms and attention's output for the next products (4 D); q, k,
     # v, and attention's result, twice; gate, up and their product. Norms are recomputed.
     kept = lambda n, pairs: ((4 * D + 3 * queries(c) + 3 * inner) * n + 2 * keys(c) * pairs) * width
-    longest = max(P * prompt, B * rest)
-    block = 0
-    if s.checkpointing:
+    longest, block = max(P * prompt, B * rest), 0
+    if checkpointing:
         waiting = c.num_hidden_layers * (D * tokens + 2 * keys(c) * P * prompt) * width
         block = kept(longest, B * (prompt + rest))
     else:
         waiting = c.num_hidden_layers * kept(tokens, pairs)
     waiting += mask(c, B, rest, prompt + rest, width) + 5 * D * tokens * width
-    entries = min(chunk + V, B * rest * V)
-    gradient = D * V * width
-    moments = [{"activations": waiting, "logits": (14 + 2 * (width == 2)) * entries,
-                "head's gradient": gradient * (1 if entries < chunk else 2)},
-               {"activations": waiting + block + longest * (2 * D + 5 * inner) * width,
-                "head's gradient": gradient}]
-    if reference and not s.offload:
-        for beside in scoring(reference, width, rows=B, each=each, prompt=prompt, rest=rest,
-                              limit=10**9, chunk=entries):
-            moments.append(beside | {"activations": beside["activations"] + waiting})
-    return moments
+    entries, gradient = min(chunk + V, B * rest * V), D * V * width
+    return [{"activations": waiting, "logits": (14 + 2 * (width == 2)) * entries,
+             "head's gradient": gradient * (1 if entries < chunk else 2)},
+            {"activations": waiting + block + longest * (2 * D + 5 * inner) * width,
+             "head's gradient": gradient}]
 
 
 def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> dict[str, dict]:
@@ -207,16 +209,14 @@ def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> di
     asked = TURN + s.query_tokens                                   # a Solver's prompt
     frozen = {role: parameters(x) * width for role, x in models.items() if role != "policy"}
     policy = {"policy": count * width}
-    apart = {"masters": 4 * count} if width < 4 else {}             # an fp32 policy is its own
-    state = apart | {"moments": 8 * count}
-    gradients = {"gradients": 4 * count}
+    # An fp32 policy is its own master.
+    state = ({"masters": 4 * count} if width < 4 else {}) | {"moments": 8 * count}
 
     def resident(role: str) -> dict:
-        if s.offload:                # the model at work alone; the update's gradients
-            return ({"policy": policy, "update": policy | gradients}.get(role)
-                    or {role: frozen[role]})
-        # Rounded policies keep their gradients' sum allocated, fp32 ones drop it after a step.
-        return policy | frozen | state | (gradients if apart or role == "update" else {})
+        work = {"gradients": 4 * count} if role == "update" else {}
+        if not s.offload:
+            return policy | frozen | state | work
+        return {role: frozen[role]} if role in frozen else policy | work
 
     play = dict(batch_tokens=s.batch_tokens)
     found = {}
@@ -229,28 +229,33 @@ def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> di
                                               common=0, limit=s.query_tokens, **play))
     phase("solve", "policy", sampling(c, width, rows=N * G, each=G, prompt=asked, common=0,
                                       limit=s.answer_tokens, **play))
+    tokens = min(16384, s.batch_tokens)
     if scorer:
         phase("reward", "reward model", scoring(
-            scorer, width, rows=N * G, each=G, prompt=asked, rest=s.answer_tokens,
-            limit=min(16384, s.batch_tokens)))
+            scorer, width, **last_hidden(N * G, G, asked, s.answer_tokens, tokens)))
     if s.self_reward:
         role = "judge" if "judge" in models else "reference"
         pair = text["judge"] + s.query_tokens
         if s.self_reward == "expected":
-            phase("judge", role, scoring(judge, width, rows=N * G, each=G, prompt=pair,
-                                         rest=s.answer_tokens, limit=min(16384, s.batch_tokens)))
+            phase("judge", role, scoring(
+                judge, width, **last_hidden(N * G, G, pair, s.answer_tokens, tokens)))
         else:
             phase("judge", role, sampling(
                 judge, width, rows=N * G, each=1, prompt=pair + s.answer_tokens,
                 common=text["rubric"], limit=s.judge_tokens, **play))
-    rows = [dict(rows=N * G, each=G, prompt=asked, rest=s.answer_tokens)]
+    batches = [micro_batch(N * G, G, asked, s.answer_tokens, s.micro_batch_tokens)]
     if s.algo != "grpo":
-        rows.append(dict(rows=N, each=N, prompt=text["challenger"], rest=s.query_tokens))
-    if s.offload and s.beta:
-        phase("reference", "reference", [moment for which in rows for moment in scoring(
-            reference, width, **which, limit=s.micro_batch_tokens, chunk=chunk)])
-    phase("update", "update", [moment for which in rows for moment in differentiating(
-        s, c, reference if s.beta else None, width, **which, chunk=chunk)])
+        batches.append(micro_batch(N, N, text["challenger"], s.query_tokens, s.micro_batch_tokens))
+    if s.beta:
+        phase("reference", "reference", [moment for batch in batches for moment in scoring(
+            reference, width, **batch, chunk=min(
+                chunk + c.vocab_size, batch["B"] * batch["rest"] * c.vocab_size))])
+    moments = [moment for batch in batches for moment in differentiating(
+        c, width, **batch, chunk=chunk, checkpointing=s.checkpointing)]
+    if s.offload:                    # MasterAdamW._stream: two blocks of three tensors on their way
+        largest = c.vocab_size * c.hidden_size
+        moments.append({"activations": 2 * 3 * 4 * min(BLOCK, largest)})
+    phase("update", "update", moments)
     return found
 
 
@@ -261,8 +266,8 @@ def on_host(s, models: dict[str, Config], m: Machine) -> dict[str, float]:
         return {}
     if not s.offload:
         return {"checkpoint": 4 * count}             # while it is written, a file at a time
-    return {role: parameters(c) * m.width for role, c in models.items()} | {
-        "masters": 4 * count, "moments": 8 * count}
+    frozen = {role: parameters(c) * m.width for role, c in models.items() if role != "policy"}
+    return frozen | {"masters": 4 * count, "moments": 8 * count}
 
 
 # ---------------------------------------------------------------- what fits

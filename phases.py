@@ -54,6 +54,7 @@ class StopRequest:
 # resumed with fewer; the token limits are another run's.
 SWITCHES = {"challenge": "--batch-tokens or --query-tokens",
             "judge": "--batch-tokens or --judge-tokens",
+            "reference": "--micro-batch-tokens or --answer-tokens",
             "update": "--micro-batch-tokens or --answer-tokens"}
 
 
@@ -97,18 +98,28 @@ def peak(idle: int | None) -> float | None:
 
 class Phases:
     """Times and weighs the phases of a step, names the one that ran out of memory, stops between
-    them. Made before the models are: what is resident then is idle."""
+    them. Made before the models are: what is resident then is idle.
+
+    A phase is told which model works in it; where models are offloaded, `stage` brings it.
+    """
 
     def __init__(self):
         self.stop, self.seconds, self.peak_gb = StopRequest(), {}, {}
         self.idle = resident("VmRSS")
+        self.stage = None                      # memory.Stage, with --offload
+
+    def call(self, model):
+        """This model works next (None: no model does)."""
+        if self.stage and model:
+            self.stage.call(model)
 
     @contextmanager
-    def __call__(self, name: str):
+    def __call__(self, name: str, model=None):
         self.stop.heed()
         forget_peak()
         begun = time.perf_counter()
         try:
+            self.call(model)
             yield
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):

@@ -69,19 +69,12 @@ def best(game) -> tuple[float, float] | None:
 
 def forward_flops(c: Config, prompts: list[int], rests: list[tuple[int, int]], drawn: int) -> float:
     """FLOPs of prompts (S) and of what follows prompts (S, T), logits at `drawn` tokens: two a
-    weight and token, and four a number of the queries and pair of tokens that attend."""
+    weight and token, and four a number of the queries and pair of tokens that attend. With a
+    backward pass three times as many: the well-known 6 a weight and token."""
     tokens = sum(prompts) + sum(T for _, T in rests)
     pairs = sum(S * S / 2 for S in prompts) + sum(T * (S + T / 2) for S, T in rests)
     return (2 * body(c) * tokens + 2 * c.vocab_size * c.hidden_size * drawn
             + 4 * c.num_hidden_layers * queries(c) * pairs)
-
-
-def update_flops(c: Config, reference: Config | None, prompts: list[int],
-                 rests: list[tuple[int, int]]) -> float:
-    """FLOPs of a gradient: backward twice forward (so 6 a weight and token), the reference once."""
-    drawn = sum(T for _, T in rests)
-    once = lambda c: forward_flops(c, prompts, rests, drawn)
-    return 3 * once(c) + (once(reference) if reference else 0)
 
 
 def decode_bytes(c: Config, width: int, rows: list[tuple[int, int]], limit: int,
@@ -126,8 +119,7 @@ def speed(game, r, bounds: tuple[float, float] | None) -> dict:
     rests = [(len(prompt), len(row)) for prompt, row in kept]
     prompts = [len(prompt) for prompt in {prompt for prompt, _ in kept}]
     tokens["update"] = sum(T for _, T in rests)
-    reference = game.reference.config if s.beta and "reference" not in seconds else None
-    flops = update_flops(game.policy.config, reference, prompts, rests)
+    flops = 3 * forward_flops(game.policy.config, prompts, rests, tokens["update"])
     return {"tokens_per_second": {p: n / seconds[p] for p, n in tokens.items() if n},
             "bandwidth_share": shares or None,
             "flops_share": flops / seconds["update"] / bounds[1] if bounds else None}
@@ -183,11 +175,13 @@ def seconds_of(s, models: dict[str, Config], text: dict[str, int], width: int,
     elif s.self_reward:
         found["judge"] = forward_flops(judge, [pair] * rows, [], rows) / multiplied
     own = [] if s.algo == "grpo" else [(text["challenger"], s.query_tokens)] * N
-    flops = update_flops(c, models["reference"] if s.beta else None,
-                         [asked] * N + [text["challenger"]] * bool(own), answers + own)
+    prompts = [asked] * N + [text["challenger"]] * bool(own)
+    once = lambda c: forward_flops(c, prompts, answers + own, sum(T for _, T in answers + own))
+    if s.beta:
+        found["reference"] = once(models["reference"]) / multiplied
+    flops = once(c) * (4 if s.checkpointing else 3)
     # AdamW reads and writes masters and moments and reads gradients: 28 bytes a weight.
-    found["update"] = flops * (4 / 3 if s.checkpointing else 1) / multiplied + (
-        28 * parameters(c) / copied)
+    found["update"] = flops / multiplied + 28 * parameters(c) / copied
     if s.offload:                    # masters and moments there and back; each model once a step
         moved = 24 * parameters(c) + width * sum(parameters(x) for x in models.values())
         found["update"] += moved / LINK

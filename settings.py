@@ -108,7 +108,7 @@ NEEDS = {
 # What --resume may be given beside the folder. FREE changes nothing that is learnt; RETUNE is
 # allowed with a warning: --steps moves the decay's end, the others the last bits of sums. Any other
 # setting would make it another run and is refused.
-FREE = ("eval_every", "save_every", "keep", "max_bad_steps", "gpu_memory")
+FREE = ("eval_every", "save_every", "keep", "max_bad_steps", "offload", "gpu_memory")
 RETUNE = ("steps", "device", "batch_tokens", "micro_batch_tokens", "checkpointing")
 COMMANDS = ("resume", "requeue", "overwrite", "watch", "dry_run", "out")     # not what a run is
 # Settings that came later; their defaults are what runs did before, so that older ones go on.

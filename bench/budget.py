@@ -78,11 +78,7 @@ def set_up(load: Load, changes: dict) -> tuple[Game, MasterAdamW]:
     game.judge_prompt = "2 " * RUBRIC + "{instruction} {response}"
     game.challenger_prompt = [3] * CHALLENGER
     game.policy.checkpointing = s.checkpointing
-    optimizer = MasterAdamW(game.policy, torch.float32, weight_decay=0.0)
-    for p in game.policy.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step(0.0, 1.0)                             # moments, as a later step finds them
-    return game, optimizer
+    return game, MasterAdamW(game.policy, torch.float32, weight_decay=0.0)
 
 
 def estimates(game: Game) -> dict[str, dict]:
