@@ -224,11 +224,15 @@ def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> di
     def phase(name: str, role: str, moments: list[dict]):
         found[name] = resident(role) | max(moments, key=lambda parts: sum(parts.values()))
 
-    if s.algo != "grpo":
+    if text["challenger"]:
         phase("challenge", "policy", sampling(c, width, rows=N, each=N, prompt=text["challenger"],
                                               common=0, limit=s.query_tokens, **play))
     phase("solve", "policy", sampling(c, width, rows=N * G, each=G, prompt=asked, common=0,
                                       limit=s.answer_tokens, **play))
+    if s.eval_prompts:               # as many as there are: as many as the sampler takes
+        together = max(1, s.batch_tokens // (asked + s.answer_tokens))
+        phase("eval", "policy", sampling(c, width, rows=together, each=1, prompt=asked, common=0,
+                                         limit=s.answer_tokens, **play))
     tokens = min(16384, s.batch_tokens)
     if scorer:
         phase("reward", "reward model", scoring(
@@ -244,7 +248,7 @@ def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> di
                 judge, width, rows=N * G, each=1, prompt=pair + s.answer_tokens,
                 common=text["rubric"], limit=s.judge_tokens, **play))
     batches = [micro_batch(N * G, G, asked, s.answer_tokens, s.micro_batch_tokens)]
-    if s.algo != "grpo":
+    if text["challenger"]:
         batches.append(micro_batch(N, N, text["challenger"], s.query_tokens, s.micro_batch_tokens))
     if s.beta:
         phase("reference", "reference", [moment for batch in batches for moment in scoring(

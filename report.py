@@ -162,7 +162,7 @@ def seconds_of(s, models: dict[str, Config], text: dict[str, int], width: int,
 
     answers = [(asked, s.answer_tokens)] * rows
     found = {}
-    if s.algo != "grpo":
+    if text["challenger"]:
         found["challenge"] = writing(c, N, text["challenger"], s.query_tokens, text["challenger"])
     found["solve"] = writing(c, rows, asked, s.answer_tokens, N * asked)
     if "reward model" in models:
@@ -174,7 +174,7 @@ def seconds_of(s, models: dict[str, Config], text: dict[str, int], width: int,
         found["judge"] = writing(judge, rows, pair, s.judge_tokens, rows * (pair - text["rubric"]))
     elif s.self_reward:
         found["judge"] = forward_flops(judge, [pair] * rows, [], rows) / multiplied
-    own = [] if s.algo == "grpo" else [(text["challenger"], s.query_tokens)] * N
+    own = [(text["challenger"], s.query_tokens)] * N if text["challenger"] else []
     prompts = [asked] * N + [text["challenger"]] * bool(own)
     once = lambda c: forward_flops(c, prompts, answers + own, sum(T for _, T in answers + own))
     if s.beta:

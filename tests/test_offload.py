@@ -63,7 +63,7 @@ def left(run):
     """What a run leaves: all weights, moments and masters, its metrics without the times."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for m in metrics:
-        for key in ("seconds", "phase_seconds", "tokens_per_second"):
+        for key in ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "budget_gb"):
             m.pop(key)
     return metrics, (run / "eval.jsonl").read_text(), {
         str(file.relative_to(run)): file.read_bytes()
