@@ -32,19 +32,18 @@ from rewards import RewardModel
 from runs import run_script
 from settings import Settings
 
-DEEP, WIDE = Load("smollm2-135m"), Load("llama-3.2-1b", layers=2, vocabulary=65536)
-GAME = dict(model="random", reward="random", queries=8, answers=4, query_tokens=160,
-            answer_tokens=96, judge_tokens=16, self_reward="generate")
-# Weights with AdamW's moments 2.7 GB and 3.1 GB; every phase grows by some 0.4 GB or more.
+DEEP, WIDE = Load("smollm2-135m"), Load("llama-3.2-1b", layers=2, vocabulary=24576)
+GAME = dict(model="random", reward="random", queries=12, answers=2, query_tokens=128,
+            answer_tokens=64, judge_tokens=8, self_reward="generate")
+# Weights with AdamW's moments 2.7 GB and 3.1 GB.
 WORKLOADS = {
     "deep": (DEEP, GAME | {"micro_batch_tokens": 1024}),
-    "deep, checkpointing": (DEEP, GAME | {"micro_batch_tokens": 2048, "checkpointing": True,
-                                          "answer_tokens": 64, "query_tokens": 128}),
-    "wide, expected": (WIDE, GAME | {"micro_batch_tokens": 2048, "self_reward": "expected"}),
+    "deep, checkpointing": (DEEP, GAME | {"micro_batch_tokens": 2048, "checkpointing": True}),
+    "wide, expected": (WIDE, GAME | {"micro_batch_tokens": 1024, "self_reward": "expected"}),
 }
 SMALLEST = {"smallest": (Load("tiny"), GAME | {"queries": 2, "answers": 2, "query_tokens": 5,
                                                "answer_tokens": 5, "judge_tokens": 3})}
-CHALLENGER, RUBRIC = 1500, 500       # tokens: long, so that a few rows make a large cache
+CHALLENGER, RUBRIC = 600, 400        # tokens
 
 
 class Words:
