@@ -37,7 +37,7 @@ from results import append_line
 from rewards import RewardModel
 from runs import Parser, run_script
 from sample import Completion, sample
-from settings import ALGOS, GPU, Settings
+from settings import ALGOS, Settings
 from train import play, update
 
 SECTIONS = ("attention", "decode", "update", "logp", "step")
@@ -164,8 +164,8 @@ def step_game(args, limit: float, folder: Path) -> tuple[Game, MasterAdamW]:
     offload = limit < 80
     s = Settings(model=args.shape, offload=offload, steps=2, query_tokens=args.query_tokens,
                  answer_tokens=args.answer_tokens, judge_tokens=args.judge_tokens,
-                 **ALGOS["lsp"], **GPU | {"micro_batch_tokens": args.micro_batch_tokens or (
-                     8192 if limit >= 40 else 2048)}, batch_tokens=args.batch_tokens)
+                 **ALGOS["lsp"], checkpointing=True, batch_tokens=args.batch_tokens,
+                 micro_batch_tokens=args.micro_batch_tokens or (8192 if limit >= 40 else 2048))
     tokenizer = words(folder, args)
     text = lambda count: " ".join(["w2"] * count)
     game = Game(s, None, tokenizer, None, phase=Measured(args), judge_tokenizer=tokenizer,
@@ -208,12 +208,14 @@ def step_child(args) -> list[dict]:
         m = update(game, optimizer, r, step)
         wait(args)
         whole = time.perf_counter() - begun
-        judged = sum(len(j["judgement"].split()) for j in r.judgements)
+        count = lambda rows: sum(len(row.tokens) for row in rows)
+        tokens = {"challenge": count(r.query_rows), "solve": sum(map(count, r.answer_rows)),
+                  "judge": sum(len(j["judgement"].split()) for j in r.judgements)}
         rows.append({
             "limit_gb": limit, "offload": game.settings.offload, "lengths": lengths,
             "seconds": whole, "phase_seconds": dict(game.phase.seconds),
             "peak_gb": dict(game.phase.peaks), "reserved_gb": dict(game.phase.reserved),
-            "tokens": r.tokens | {"judge": judged}, "logp_gap": m["logp_gap"],
+            "tokens": tokens, "logp_gap": m["logp_gap"],
             "faults": m["faults"], "micro_batch_tokens": game.settings.micro_batch_tokens})
     return rows[1:]
 
@@ -353,8 +355,8 @@ def update_section(args, bound) -> tuple[list[dict], str]:
 
 
 def one_update(args, rows: list[Row], offload: bool) -> dict:
-    s = Settings(model=args.shape, offload=offload, **GPU | {
-        "micro_batch_tokens": args.micro_batch_tokens or GPU["micro_batch_tokens"]})
+    s = Settings(model=args.shape, offload=offload, checkpointing=True,
+                 micro_batch_tokens=args.micro_batch_tokens or 8192)
     policy = random_llama(args, seed=2, dtype=torch.float32)
     policy.checkpointing = True
     optimizer = MasterAdamW(policy, args.dtype, weight_decay=0.0, offload=offload)
