@@ -55,10 +55,14 @@ def completion_logp(model: Llama, rows: list[Row], temperature: float) -> tuple[
     # The last token, a stop token or where the limit cut, predicts nothing that is asked for.
     rests = [row.completion.tokens[:-1] for row in rows]
     hidden = shared_forward(model, prompts, which, rests)                                # (B, T, D)
-    tokens, lengths = pad([row.completion.tokens for row in rows], hidden.device)          # (B, T)
-    mask = torch.arange(tokens.shape[1], device=hidden.device) < lengths[:, None]          # (B, T)
-    logp = model.log_probs(hidden[mask], tokens[mask], temperature=temperature)            # (M,)
-    return logp.new_zeros(mask.shape).masked_scatter(mask, logp), mask
+    tokens, lengths = pad([row.completion.tokens for row in rows], "cpu")                  # (B, T)
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]                                # (B, T)
+    # Chosen by number, and counted on the host: a mask on the GPU would have to be waited for.
+    at = mask.flatten().nonzero()[:, 0].to(hidden.device)                                  # (M,)
+    logp = model.log_probs(hidden.flatten(0, 1)[at], tokens[mask].to(hidden.device),
+                           temperature=temperature)                                        # (M,)
+    padded = logp.new_zeros(mask.numel()).scatter(0, at, logp).view(mask.shape)            # (B, T)
+    return padded, mask.to(hidden.device)
 
 
 def room(rows: list[Row]) -> int:

@@ -114,6 +114,7 @@ class MasterAdamW:
             main.wait_stream(stream)
         if main:
             main.synchronize()           # the host may read what is now in its memory
+            torch.cuda.empty_cache()     # the streams' blocks would stay theirs
 
     def discard(self):
         """Forget the gradients that have been added up."""

@@ -6,6 +6,7 @@ is each block of the optimiser's pass: what is not brought back is lost, and tel
 import json
 import shutil
 import sys
+import weakref
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from checkpoints import CONFIGS, random_llama, write_checkpoint
 import game as players
 import gradient
 import memory
+import sample as sampling
 import train
 from bench import measure
 from files import pick_device
@@ -201,6 +203,30 @@ def test_the_reference_speaks_once_in_its_own_phase(world, monkeypatch):
     assert m["faults"] and asked[:2] == ["reference"] * 2 and "reference" not in asked[2:]
     assert list(g.phase.seconds)[-2:] == ["reference", "update"]
     assert m["kl_solver"] == m["kl_challenger"] == 0.0           # the same batches: the same bits
+
+
+def test_no_captured_step_outlives_its_call_and_its_weights_addresses(monkeypatch):
+    """A graph holds addresses of the model at work: it must be gone before that model may go."""
+    llama, made = random_llama("untied"), []
+
+    class Captured:
+        def __init__(self, model, cache):
+            cache.fixed = True
+            self.step = lambda token: model.logits(model(token[:, None], cache=cache)[:, -1])
+            self.weights = [p.data_ptr() for p in model.parameters()]
+            made.append(weakref.ref(self))
+
+        def __call__(self, token):
+            assert self.weights == [p.data_ptr() for p in llama.parameters()]
+            return self.step(token)
+    monkeypatch.setattr(sampling, "uses_graphs", lambda device: True)
+    monkeypatch.setattr(sampling, "CapturedStep", Captured)
+    stage, gone = Stage(CPU, torch.float32), random_llama("untied")
+    for turn in range(3):
+        stage.call(llama)
+        sampling.sample(llama, [[1, 2, 3]] * 2, max_new_tokens=[2, 20])
+        assert len(made) == 2 * (turn + 1) and not any(graph() for graph in made)
+        stage.call(gone)
 
 
 @pytest.mark.parametrize("has_bf16, dtype", [(True, torch.bfloat16), (False, torch.float32)])
