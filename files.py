@@ -134,10 +134,13 @@ def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
     """The device of that name (auto: cuda, then mps, then cpu) and the dtype to compute in there.
 
     bfloat16 on CUDA; fp32 elsewhere: most CPUs multiply bfloat16 several times slower than fp32.
+    fp32 too on cards before Ampere, which have no bfloat16: fp16, which they have, ends at 65,504
+    and at 6e-8, so that gradients would overflow or vanish.
     """
     available = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(d for d in available if available[d]) if name == "auto" else name
     if not available[name]:
         raise InputError(f"--device {name}: PyTorch finds none here")
-    return torch.device(name), torch.bfloat16 if name == "cuda" else torch.float32
+    rounded = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device(name), torch.bfloat16 if rounded else torch.float32

@@ -13,6 +13,7 @@ import rewards
 from chat import Tokenizer, fill
 from data import check_data, opening, read_data
 from files import InputError, find_model, pick_device, read_prompt
+from memory import Stage, rest
 from model import Llama, load_model, read_config
 from phases import Phases
 from settings import Settings
@@ -37,6 +38,11 @@ class Game:
     sources: dict[str, Path] = field(default_factory=dict)       # what was read, by flag
     phase: Phases = field(default_factory=Phases)
 
+    @property
+    def scorer(self) -> Llama | None:
+        """The reward's model, where it has one."""
+        return getattr(self.reward, "model", None)
+
 
 def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     """Read and load all that the settings name; small files first, so that errors come early.
@@ -46,7 +52,8 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     device, dtype = pick_device(s.device)
     if s.reward == "tiny" and device.type == "cpu":
         torch.set_num_threads(1)           # matrices this small: threads would wait for each other
-    load = lambda path, dtype=dtype: load_model(path, device=device, dtype=dtype)
+    home = torch.device("cpu") if s.offload else device          # where models rest
+    load = lambda path, dtype=dtype: load_model(path, device=home, dtype=dtype)
     start = find_model(s.model)
     reference_path = find_model(s.reference) if s.reference else start
     judge_path = find_model(s.judge) if s.judge else reference_path
@@ -85,7 +92,7 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
                 read_config(judge_path).max_position_embeddings)
     if not game.reward:
         game.sources["--reward"] = find_model(s.reward)
-        game.reward = rewards.RewardModel(game.sources["--reward"], device=device, dtype=dtype,
+        game.reward = rewards.RewardModel(game.sources["--reward"], device=home, dtype=dtype,
                                           batch_tokens=min(16384, s.batch_tokens))
     shared = s.self_reward and judge_path == reference_path
     game.reference = load(reference_path) if s.beta or shared else None
@@ -102,4 +109,8 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
             raise InputError(f"the {flag} is a reward model, which cannot write")
     if s.beta and game.reference.config.vocab_size != game.policy.config.vocab_size:
         raise InputError(f"--reference {s.reference}: another vocabulary than the policy's")
+    if s.offload:
+        game.phase.stage = Stage(device, dtype)
+        for model in {game.scorer, game.reference, game.judge} - {None}:
+            rest(model)                        # the policy: MasterAdamW
     return game

@@ -221,11 +221,17 @@ class Llama(nn.Module):
         """Attention's mask, made once for all layers: 0 where a token sees a key, else -inf.
 
         The H/K query heads of a key head come one after another: (B, T, S) -> (B, 1, H/K * T, S).
+        With an explicit mask flash attention is off; the memory-efficient kernel takes one of the
+        queries' dtype whose rows begin at multiples of 16, and copies any other in every layer:
+        hence rows of a rounded width (test_the_mask_is_as_the_memory_efficient_kernel_wants_it).
         """
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         dtype = self.model.embed_tokens.weight.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill_(~seen, -math.inf).repeat(1, group, 1)[:, None]
+        B, T, S = seen.shape
+        mask = torch.zeros(B, group, T, -(-S // 16) * 16, dtype=dtype, device=seen.device)
+        mask = mask.flatten(1, 2)[..., :S]                                   # (B, H/K * T, S)
+        mask.view(B, group, T, S).masked_fill_(~seen[:, None], -math.inf)
+        return mask[:, None]
 
     @property
     def head(self) -> Tensor:

@@ -51,6 +51,7 @@ class StopRequest:
 # resumed with fewer; the token limits are another run's.
 SWITCHES = {"challenge": "--batch-tokens or --query-tokens",
             "judge": "--batch-tokens or --judge-tokens",
+            "reference": "--micro-batch-tokens or --answer-tokens",
             "update": "--micro-batch-tokens or --answer-tokens"}
 
 
@@ -62,16 +63,26 @@ def out_of_memory(error: Exception) -> bool:
 
 
 class Phases:
-    """Times the phases of a step, names the one that ran out of memory, stops between them."""
+    """Times the phases of a step, names the one that ran out of memory, stops between them.
+
+    A phase is told which model works in it; where models are offloaded, `stage` brings it.
+    """
 
     def __init__(self):
         self.stop, self.seconds = StopRequest(), {}
+        self.stage = None                      # memory.Stage, with --offload
+
+    def call(self, model):
+        """This model works next (None: no model does)."""
+        if self.stage and model:
+            self.stage.call(model)
 
     @contextmanager
-    def __call__(self, name: str):
+    def __call__(self, name: str, model=None):
         self.stop.heed()
         begun = time.perf_counter()
         try:
+            self.call(model)
             yield
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):

@@ -63,6 +63,8 @@ class Settings:
     micro_batch_tokens: int = setting(2048, "padded tokens a pass; changes no gradient", 1)
     checkpointing: bool = setting(False, "keep each block's input alone and compute the rest again "
                                   "in the backward pass: a third slower, far less memory")
+    offload: bool = setting(False, "keep masters and moments in host memory, and on the GPU only "
+                            "the model in use: small cards, slower")
     batch_tokens: int = setting(65536, "tokens in the sampler's cache; changes no completion", 1)
 
     eval_prompts: str | None = setting(None, "held-out prompts: reward, win-rate against the start")
@@ -97,7 +99,7 @@ NEEDS = {
 # What --resume may be given beside the folder. FREE changes nothing that is learnt; RETUNE is
 # allowed with a warning: --steps moves the decay's end, the others the last bits of sums. Any other
 # setting would make it another run and is refused.
-FREE = ("eval_every", "save_every", "keep", "max_bad_steps")
+FREE = ("eval_every", "save_every", "keep", "max_bad_steps", "offload")
 RETUNE = ("steps", "device", "batch_tokens", "micro_batch_tokens", "checkpointing")
 COMMANDS = ("resume", "requeue", "overwrite", "watch", "out")        # not part of what a run is
 

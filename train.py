@@ -31,7 +31,7 @@ from data import CHALLENGE, JUDGE, SOLVE, draw, generator
 from eval import evaluate, evaluate_world, read_lines
 from files import pick_device
 from game import Game, set_up
-from gradient import Row, accumulate, culprits, unsound
+from gradient import Row, accumulate, culprits, refer, unsound
 from memory import MasterAdamW
 from model import save_model
 from phases import StopRequest, out_of_memory
@@ -72,7 +72,7 @@ def play(game: Game, step: int) -> Round:
         query_rows = []
         queries, golds = map(list, zip(*draw(game.data, s.queries, s.seed, step)))
     else:
-        with phase("challenge"):
+        with phase("challenge", game.policy):
             (query_rows,) = sample(game.policy, [game.challenger_prompt], num_samples=s.queries,
                                    max_new_tokens=s.query_tokens,
                                    generator=generator(s.seed, step, CHALLENGE), **speak)
@@ -81,7 +81,7 @@ def play(game: Game, step: int) -> Round:
 
     # Solve: a ~ pi_Sol(a|q) = pi(a | q as a plain user turn), G times. A query whose text takes
     # more tokens than the Challenger wrote, more than the context holds, is asked without its end.
-    with phase("solve"):
+    with phase("solve", game.policy):
         fitted = fit(game.tokenizer, [(q,) for q in queries],
                      lambda q: [{"role": "user", "content": q}],
                      game.policy.config.max_position_embeddings - s.answer_tokens)
@@ -99,7 +99,7 @@ def play(game: Game, step: int) -> Round:
     number = {t: i for i, t in enumerate(dict.fromkeys(triples))}    # of each distinct one
     at = torch.tensor([number[t] for t in triples]).view(-1, G)                      # (N, G)
     asked, answered, gold = map(list, zip(*number))
-    with phase("reward"):
+    with phase("reward", game.scorer):
         R = rewards.as_rewards(game.reward(asked, answered, gold), len(asked))[at]   # (N, G)
     if s.reward in rewards.VERIFIABLE:     # cut off is not answered: "#### 4" may be half of 42
         R = R * torch.tensor([[row.stopped for row in group] for group in answer_rows])
@@ -109,7 +109,7 @@ def play(game: Game, step: int) -> Round:
         if s.judge_temperature and s.self_reward == "generate":      # drawn anew for each
             at = torch.arange(len(triples)).view(-1, G)
             asked, answered, _ = map(list, zip(*triples))
-        with phase("judge"):
+        with phase("judge", game.judge):
             scores, records = rewards.self_reward(
                 game.judge, game.judge_tokenizer, asked, answered, prompt=game.judge_prompt,
                 reading=s.self_reward, temperature=s.judge_temperature,
@@ -156,7 +156,11 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
     sol, ch, loss, norm = Counter(), Counter(), None, None
     rate = learning_rate(s, step)
     faults = unsound(r)
-    with game.phase("update"):
+    if s.beta and not faults:
+        with game.phase("reference", game.reference):
+            refer(game, solver)
+            refer(game, challenger)
+    with game.phase("update", game.policy):
         if not faults:
             sol, ch = differentiate(game, optimizer, solver, challenger)
             loss = sol["loss"] + s.alpha_ch * ch["loss"]
@@ -207,7 +211,7 @@ def train(s: Settings, preset: dict):
         print(log.transcript(s, play(game, 0)))
         return
     game.policy.carried["training.json"] = json.dumps(preset, indent=2).encode()
-    optimizer = MasterAdamW(game.policy, dtype, weight_decay=s.weight_decay)
+    optimizer = MasterAdamW(game.policy, dtype, weight_decay=s.weight_decay, offload=s.offload)
     run = run or runs.new_run(s, run_name(s), optimizer.bytes_on_disk())
     with run, StopRequest() as game.phase.stop:
         run.begin(asdict(s), game.sources)
@@ -261,7 +265,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
         while True:
             known = evals and evals[-1]["step"] == step
             if (step % s.eval_every == 0 or step >= s.steps) and not known:
-                with game.phase("eval"):
+                with game.phase("eval", game.policy):
                     look()
             if step >= s.steps:
                 break
