@@ -29,6 +29,7 @@ from texts import Texts, is_whole, segments
 START, END = "<|startofprediction|>", "<|endofprediction|>"
 TAG = re.compile(f"{re.escape(START)}|{re.escape(END)}")
 REASONS = ("no_tags", "no_start", "no_end", "nested", "several", "empty", "short")
+TRIES = 1000              # passages that may offer nothing before the text is given up
 
 
 # ---------------------------------------------------------------- episodes
@@ -66,14 +67,14 @@ def draw_episodes(game, step: int) -> list[Episode]:
     for number in draw(range(len(game.texts)), s.queries, s.seed, step):
         # Of each 1 + lambda rows one is ASR and lambda MSR: J's gradient, up to that factor.
         kind = "msr" if uniform() < s.msr_weight / (1 + s.msr_weight) else "asr"
-        for _ in range(100):
+        for _ in range(TRIES):
             pieces, targets = game.texts.read(number, kind)
             episode = targets and pose(game, kind, pieces, targets[int(uniform() * len(targets))])
             if episode:
                 break
             number = int(uniform() * len(game.texts))
         else:
-            raise InputError(f"--text {s.text}: of 100 passages none has a sentence to predict "
+            raise InputError(f"--text {s.text}: of {TRIES} passages none has a sentence to predict "
                              f"({kind}) with a context that fits into --query-tokens")
         episodes.append(episode)
     return episodes
