@@ -265,7 +265,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         ctx.temperature, ctx.size = temperature, size
         logp, totals = [], []
         for h, t in zip(hidden.split(size), targets.split(size)):
-            logits = wide(product(h, weight)) / temperature                  # (chunk, V)
+            logits = wide(product(h, weight)).div_(temperature)              # (chunk, V)
             totals.append(logits.logsumexp(-1))
             logp.append(logits.gather(-1, t[:, None])[:, 0] - totals[-1])
         ctx.save_for_backward(hidden, weight, targets, torch.cat(totals))
