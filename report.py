@@ -103,7 +103,8 @@ def speed(game, r, bounds: tuple[float, float] | None) -> dict:
     written = {"challenge": (game.policy, first, s.query_tokens),
                "solve": (game.policy, [(len(prompt), len(row.tokens)) for prompt, row in answers],
                          s.answer_tokens),
-               "judge": (game.judge, [j["judge_tokens"] for j in r.judgements], s.judge_tokens)}
+               "judge": (game.judge, [j["judge_tokens"] for j in r.judgements
+                                      if "judge_tokens" in j], s.judge_tokens)}
     tokens = {name: sum(T for _, T in rows) for name, (_, rows, _) in written.items()}
     tokens |= {"reward": getattr(game.reward, "tokens", 0)}
     shares = {}
@@ -169,10 +170,10 @@ def seconds_of(s, models: dict[str, Config], text: dict[str, int], width: int,
         flops = forward_flops(models["reward model"], [asked] * N, answers, 0)
         found["reward"] = flops / multiplied
     judge = models.get("judge", models.get("reference"))
-    pair = text["judge"] + s.query_tokens + s.answer_tokens
-    if s.self_reward == "generate":
+    pair = text["judge"] + text["shown"] + s.answer_tokens
+    if s.reading == "generate":
         found["judge"] = writing(judge, rows, pair, s.judge_tokens, rows * (pair - text["rubric"]))
-    elif s.self_reward:
+    elif s.reading:
         found["judge"] = forward_flops(judge, [pair] * rows, [], rows) / multiplied
     own = [(text["challenger"], s.query_tokens)] * N if text["challenger"] else []
     prompts = [asked] * N + [text["challenger"]] * bool(own)

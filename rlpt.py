@@ -147,7 +147,7 @@ class Verdict:
     records: one for each answer of the last call. Answers with the same prediction have the same
     verdict, also where the judge samples.
     """
-    judge: Llama
+    model: Llama                            # the judge
     tokenizer: Tokenizer
     prompt: str                             # with {reference} and {prediction} to fill
     reading: str = "generate"
@@ -168,7 +168,7 @@ class Verdict:
         scores, judged = torch.zeros(0), []
         if number:
             scores, judged = rewards.verdicts(
-                self.judge, self.tokenizer, *map(list, zip(*number)), prompt=self.prompt,
+                self.model, self.tokenizer, *map(list, zip(*number)), prompt=self.prompt,
                 reading=self.reading, temperature=self.temperature,
                 max_new_tokens=self.max_new_tokens, generator=self.generator,
                 batch_tokens=self.batch_tokens)

@@ -104,6 +104,11 @@ class Settings:
     dry_run: bool = setting(False, "tell what the run needs of memory, time and disk, from "
                             "config.json files alone; exit code 3 where it does not fit")
 
+    @property
+    def reading(self) -> str | None:
+        """How the judge of lsp or rlpt is read; None: nobody judges."""
+        return self.self_reward or self.verdict
+
 
 ALGOS = {"lsp": {"self_reward": "generate"}, "lsp-zero": {}, "grpo": {"learning_rate": 1e-6},
          "rlpt": {"learning_rate": 1e-6, "final_lr_share": 1.0, "beta": 0.0, "verdict": "generate",

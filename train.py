@@ -107,7 +107,7 @@ def play(game: Game, step: int) -> Round:
     at = torch.tensor([number[t] for t in triples]).view(-1, G)                      # (N, G)
     asked, answered, gold = map(list, zip(*number))
     R_Q, judgements = None, []
-    with phase("reward", game.scorer):
+    with phase("judge" if s.verdict else "reward", game.scorer):
         if s.verdict:
             game.reward.generator = generator(s.seed, step, JUDGE)
         R = rewards.as_rewards(game.reward(asked, answered, gold), len(asked))[at]   # (N, G)
