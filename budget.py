@@ -165,7 +165,7 @@ def scoring(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int,
               + mask(c, B, rest, prompt + rest, width))
     return [{"cache": held, "activations": P * prompt * block_pass(c, width)},
             {"cache": held, "activations": hidden + joined + B * rest * block_pass(c, width)},
-            {"cache": held, "logits": 10 * chunk,
+            {"cache": held, "logits": 12 * chunk,
              "activations": hidden + 3 * B * (1 + rest) * c.hidden_size * width}]
 
 
@@ -187,7 +187,7 @@ def micro_batch(rows: int, each: int, prompt: int, rest: int, tokens: int) -> di
 def differentiating(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int, chunk: int,
                     checkpointing: bool) -> list[dict]:
     """gradient.accumulate, one micro-batch: activations that wait for the backward pass; beside
-    them the head's backward pass, then a block's."""
+    them the head's passes, then a block's backward one."""
     D, V, inner = c.hidden_size, c.vocab_size, c.intermediate_size
     tokens, pairs = P * prompt + B * rest, P * prompt + B * (prompt + rest)   # pairs: keys, values
     # A block keeps its input, two norms and attention's output for the next products (4 D); q, k,
@@ -200,11 +200,14 @@ def differentiating(c: Config, width: int, *, B: int, P: int, prompt: int, rest:
     else:
         waiting = c.num_hidden_layers * kept(tokens, pairs)
     waiting += mask(c, B, rest, prompt + rest, width) + 5 * D * tokens * width
-    entries, gradient = min(chunk + V, B * rest * V), D * V * width
-    return [{"activations": waiting, "logits": (14 + 2 * (width == 2)) * entries,
-             "head's gradient": gradient * (1 if entries < chunk else 2)},
+    # Logits of two chunks meet (model.ChunkedLogProbs), the newer twice, before and after they are
+    # divided by the temperature; the backward pass, in place, adds their rounded gradients.
+    entries = min(chunk + V, B * rest * V)
+    return [{"activations": waiting, "logits": 12 * entries},
+            {"activations": waiting, "logits": (12 if width == 2 else 8) * entries,
+             "head's gradient": D * V * width},
             {"activations": waiting + block + longest * (2 * D + 5 * inner) * width,
-             "head's gradient": gradient}]
+             "head's gradient": D * V * width}]
 
 
 def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> dict[str, dict]:

@@ -5,11 +5,13 @@
 
 A child builds random models, AdamW's moments too, and plays a step of train.py's game whose texts
 all run to their limits. Growth over idle is the kernel's high-water mark of a phase minus what was
-resident before the step; its estimate is the phase's peak minus weights and moments. CPU and Linux
-only. A GPU's own figures are in metrics.jsonl of every run: peak_gb beside budget_gb.
+resident before the step; its estimate is the phase's peak minus weights and moments. glibc is told
+to give freed blocks back at once (GIVE_BACK), or each phase would show the one before it. CPU and
+Linux only. A GPU's own figures are in metrics.jsonl of every run: peak_gb beside budget_gb.
 """
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,7 +35,7 @@ from runs import run_script
 from settings import Settings
 
 DEEP, WIDE = Load("smollm2-135m"), Load("llama-3.2-1b", layers=2, vocabulary=24576)
-GAME = dict(model="random", reward="random", queries=12, answers=2, query_tokens=128,
+GAME = dict(model="random", reward="random", queries=8, answers=2, query_tokens=128,
             answer_tokens=64, judge_tokens=8, self_reward="generate")
 # Weights with AdamW's moments 2.7 GB and 3.1 GB.
 WORKLOADS = {
@@ -44,6 +46,8 @@ WORKLOADS = {
 SMALLEST = {"smallest": (Load("tiny"), GAME | {"queries": 2, "answers": 2, "query_tokens": 5,
                                                "answer_tokens": 5, "judge_tokens": 3})}
 CHALLENGER, RUBRIC = 600, 400        # tokens
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+             "MALLOC_TOP_PAD_": "0"}
 
 
 class Words:
@@ -129,7 +133,7 @@ def main():
     for name in filter(lambda name: measure.chosen(args, name), workloads):
         done = subprocess.run([sys.executable, str(Path(__file__).resolve()), "--child", name,
                                "--threads", str(args.threads), *["--smallest"] * args.smallest],
-                              capture_output=True, text=True)
+                              capture_output=True, text=True, env=os.environ | GIVE_BACK)
         if done.returncode:
             raise InputError(f"{name}: {done.stderr.strip() or done.returncode}")
         results[name] = json.loads(done.stdout.splitlines()[-1])
