@@ -13,6 +13,7 @@ passages of 32 KB or more, each with a beginning of its own (texts.py).
 """
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from chat import Tokenizer, fill
 from data import EPISODE, draw, generator
 from files import InputError, prompt_file, read_prompt
 from model import Llama
-from texts import Texts, is_whole, segments
+from texts import LONGEST, Texts, is_whole, segments
 
 START, END = "<|startofprediction|>", "<|endofprediction|>"
 TAG = re.compile(f"{re.escape(START)}|{re.escape(END)}")
@@ -103,8 +104,10 @@ def pose(game, kind: str, pieces: list[str], i: int) -> Episode | None:
         return None
     if (strange := game.tokenizer.unspelt(query(kept))) is not None:
         raise InputError(f"--text {s.text}: the model's tokenizer cannot spell {strange!r}")
-    reference = "".join(pieces[i:i + (1 if s.strict else s.reference_segments)]).rstrip()
-    return Episode(query(kept), reference, kind, kept < i)
+    following = pieces[i:i + (1 if s.strict else s.reference_segments)]
+    # Nothing that is no sentence, such as a table, which would fill the judge's context.
+    reference = takewhile(lambda piece: len(piece) <= LONGEST, following)
+    return Episode(query(kept), "".join(reference).rstrip(), kind, kept < i)
 
 
 # ---------------------------------------------------------------- predictions

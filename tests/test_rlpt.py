@@ -89,11 +89,14 @@ def test_every_passage_comes_once_an_epoch_and_every_target_in_time(game):
     assert sorted(numbers) == list(range(9)) and len(set(golds)) == 9 * 4
 
 
-def test_episodes_depend_on_the_seed_and_the_step_alone(game):
+def test_episodes_depend_on_the_seed_and_the_step_alone(game, tmp_path):
     first, again = game(), game()
     steps = {k: draw_episodes(first, k) for k in range(6)}
     assert all(draw_episodes(again, k) == steps[k] for k in (5, 0, 3))
-    assert steps[0] != steps[1] and draw_episodes(game(seed=1), 0) != steps[0]
+    assert draw_episodes(game(seed=1), 0) != steps[0]
+    (tmp_path / "one.txt").write_text(" ".join(f"This is sentence {n}." for n in range(99)))
+    one = game(text=str(tmp_path / "one.txt"), queries=1)        # of one passage other segments
+    assert len({draw_episodes(one, step)[0].gold for step in range(9)}) > 6
 
 
 def test_a_context_loses_its_beginning_at_a_sentence_and_no_more_than_it_must(tmp_path, folder):
@@ -130,6 +133,15 @@ def test_what_cannot_be_posed_is_replaced_and_a_text_of_such_alone_is_refused(tm
     (tmp_path / "t.jsonl").write_text('{"text": "Only one sentence."}\n' * 9)
     with pytest.raises(InputError, match="--text .*t.jsonl: of 1000 passages none has a sentence"):
         train.set_up(s)
+
+
+def test_a_reference_ends_before_what_is_no_sentence(game):
+    pieces = ["One is here. ", "Two is here. ", "Three is here.\n\n", "| " + "a | " * 500]
+    g = game(reference_segments=3)
+    assert rlpt.pose(g, "asr", pieces, 1).gold == "Two is here. Three is here."
+    assert rlpt.pose(g, "msr", pieces, 1).gold == "Two is here. Three is here."
+    assert rlpt.pose(game(strict=True), "asr", pieces, 1).gold == "Two is here."
+    assert rlpt.pose(g, "msr", pieces, 2) is None                  # its table does not fit
 
 
 def test_the_prompts_name_the_tags_and_show_the_text_in_their_places():
