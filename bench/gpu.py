@@ -12,6 +12,7 @@ beside transformers' generate. logp: sampler against trainer. attention: which k
 best of ten copies of 1 GiB and of ten bf16 products of 8,192 squared, or 85 % of the data sheet
 where that is more.
 """
+import gc
 import json
 import subprocess
 import sys
@@ -449,6 +450,7 @@ def number(x, form: str) -> str:
 
 
 def release(args):
+    gc.collect()
     if args.where.type == "cuda":
         torch.cuda.empty_cache()
 
