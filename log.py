@@ -3,6 +3,10 @@ import math
 from collections import Counter
 from pathlib import Path
 
+# What metrics.jsonl tells of the machine. All else two runs of one game have in common.
+TIMED = ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "budget_gb", "bandwidth_share",
+         "flops_share")
+
 
 def share(flags: list) -> float | None:
     """The mean of a list, None for an empty one."""

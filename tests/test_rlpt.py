@@ -470,8 +470,7 @@ def main(folder, tmp_path, monkeypatch):
 
 
 def records(out, name):
-    timed = ("seconds", "phase_seconds", "tokens_per_second")
-    return [{key: value for key, value in json.loads(line).items() if key not in timed}
+    return [{key: value for key, value in json.loads(line).items() if key not in log.TIMED}
             for line in (out / name).read_text().splitlines()]
 
 
