@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+import ranks
 from runs import RunStopped
 
 # ---------------------------------------------------------------- signals
@@ -37,8 +38,9 @@ class StopRequest:
         self.signal = number
         for n in self.before:
             signal.signal(n, signal.SIG_DFL)
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this phase, then saving "
-                    "(again: stop at once)\n".encode())      # print() may be what it interrupted
+        if ranks.rank() == 0:
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this phase, then saving "
+                        "(again: stop at once)\n".encode())  # print() may be what it interrupted
 
     def heed(self):
         if self.signal:
