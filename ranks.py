@@ -40,8 +40,13 @@ def together(main):
     """Call main() on each of torchrun's processes; where one stops, all do, and rank 0 says why."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return main()
+    store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun keeps its store over a restart, and in it the addresses of the dead. (On several
+        # machines it counts restarts on each: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.)
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                            timeout=PATIENCE)
+                            store=store, rank=number, world_size=count, timeout=PATIENCE)
     if rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
