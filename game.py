@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+import ranks
 import rewards
 import rlpt
 from chat import Tokenizer, fill
@@ -54,6 +55,7 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     checkpoint: the policy of a run that is resumed.
     """
     device, dtype = pick_device(s.device)
+    ranks.take_gpu(device)
     if s.reward == "tiny" and device.type == "cpu":
         torch.set_num_threads(1)           # matrices this small: threads would wait for each other
     if s.gpu_memory and device.type == "cuda":

@@ -152,6 +152,10 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     named = set(given)                                           # on the command line itself
     if given.get("requeue") and not given.get("out"):
         raise InputError("--requeue needs --out: the folder to go on in, or to begin")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
+            given.get("requeue") or given.get("resume")):
+        raise InputError("torchrun --max-restarts needs --out RUN --requeue, so that a restart "
+                         "knows what to go on with")
     commands = [key for key in COMMANDS[:5] if given.get(key)]
     if len(commands) > 1 or given.get("resume") and given.get("out"):
         raise InputError("give one of --resume RUN, --requeue, --overwrite, --watch, --dry-run"
