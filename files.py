@@ -19,6 +19,9 @@ NAMES = {
     "skywork-v2-1b": "Skywork/Skywork-Reward-V2-Llama-3.2-1B",
     "skywork-v2-3b": "Skywork/Skywork-Reward-V2-Llama-3.2-3B",
 }
+# What a model's directory may bring in a language of its own; its checkpoints carry them.
+PROMPTS = tuple(f"prompts/{name}.txt" for name in (
+    "challenger", "self_reward", "asr", "msr", "verdict", "verdict_strict"))
 SMALL = 64 * 2**20      # bytes: the largest tokenizer.json are about 35 million
 
 
@@ -80,7 +83,7 @@ def find_model(name: str) -> Path:
     """A directory as it is; a known name or a hub id (owner/name) fetched from the hub,
     or from its local cache.
 
-    Only configuration, tokenizer, the two prompts and *.safetensors are fetched.
+    Only configuration, tokenizer, prompts and *.safetensors are fetched.
     InputError: gated, no network, unknown.
     """
     name = NAMES.get(name, name)
@@ -94,7 +97,7 @@ def find_model(name: str) -> Path:
         # Their * also matches a slash; of the folders, only prompts/ is wanted.
         kinds = ["*.safetensors", "*.json", "*.jinja"]
         return Path(snapshot_download(
-            repo, allow_patterns=[*kinds, "prompts/challenger.txt", "prompts/self_reward.txt"],
+            repo, allow_patterns=[*kinds, *PROMPTS],
             ignore_patterns=["*/" + kind for kind in kinds]))
     except errors.GatedRepoError:
         raise InputError(f"model {repo} is gated: accept its licence at "

@@ -13,9 +13,10 @@ def measure(s, r) -> dict:
     """What a train.Round says about the game; README.md explains each. None: no such thing here."""
     rows = [row for group in r.answer_rows for row in group]
     flat = r.A_sol[r.kept].abs().amax(1) < 1e-6                        # (kept queries,)
-    read = any("reason" in j for j in r.judgements)
-    reasons = [j.get("reason") for j in r.judgements] if read else []
-    mass = [j["mass"] for j in r.judgements if math.isfinite(j.get("mass", math.nan))]
+    judged = [j for j in r.judgements if not j.get("failure")]
+    read = any("reason" in j for j in judged)
+    reasons = [j.get("reason") for j in judged] if read else []
+    mass = [j["mass"] for j in judged if math.isfinite(j.get("mass", math.nan))]
     failures = Counter(reason for reason in reasons if reason)
     return {
         "reward": r.R.mean().item(),
@@ -34,6 +35,21 @@ def measure(s, r) -> dict:
         "parse_failures": dict(failures) if reasons else None,
         "shortened": r.shortened,
         "judge_mass": share(mass),
+    } | predictions(r)
+
+
+def predictions(r) -> dict:
+    """What measure() says in rlpt alone; no_prediction: of answers, truncated_predictions: of all,
+    those whose prediction does not end with a whole sentence."""
+    kinds, records = r.kinds or [], r.judgements if r.kinds else []
+    of = lambda kind: share([value for k, value in zip(kinds, r.R.mean(1).tolist()) if k == kind])
+    return {
+        "msr_share": share([kind == "msr" for kind in kinds]),
+        "asr_reward": of("asr"), "msr_reward": of("msr"),
+        "no_prediction": share([bool(j["failure"]) for j in records]),
+        "extraction_failures": dict(Counter(j["failure"] for j in records if j["failure"]))
+        if records else None,
+        "truncated_predictions": share([not j.get("whole", True) for j in records]),
     }
 
 
@@ -58,6 +74,9 @@ def step_line(s, m: dict) -> str:
             f"  KL {short(m['kl_solver'])}|{short(m['kl_challenger'])}"
             f"  distinct {short(m['distinct_queries'])}  cut {short(m['truncated_answers'])}"
             f"  unread {short(unread)}  gap {gap}  {m['seconds']:.2f} s")
+    if m["msr_share"] is not None:
+        line += (f"  ASR {short(m['asr_reward'])}  MSR {short(m['msr_reward'])}"
+                 f"  no prediction {short(m['no_prediction'])}")
     if m["skipped"]:
         line += "  " + fault_text(m["faults"]) + ": update skipped"
     if unread is not None and unread > 0.5:
@@ -106,6 +125,7 @@ def samples(r, step: int):
     for n in range(N):
         yield {
             "step": step, "query": r.queries[n], "gold": r.golds[n],
+            "kind": r.kinds and r.kinds[n],
             "query_stopped": r.query_rows[n].stopped if r.query_rows else None,
             "trained_on": bool(r.kept[n]),
             "challenger_advantage": None if r.A_ch is None else r.A_ch[n].item(),

@@ -1,9 +1,11 @@
-"""Train a Llama by Language Self-Play (arXiv 2509.07414, Algorithm 1), or by GRPO on given prompts.
+"""Train a Llama by Language Self-Play (arXiv 2509.07414, Algorithm 1), or by GRPO on given prompts
+or (RLPT, arXiv 2509.19249; rlpt.py) on plain text.
 
     python train.py                                        # the embedded model, a minute on a CPU
     python train.py --model llama-3.2-3b                   # LSP at the paper's settings, one GPU
     python train.py --model llama-3.2-3b --algo lsp-zero   # the bare zero-sum game
     python train.py --model llama-3.2-3b --algo grpo --prompts alpaca.json
+    python train.py --model llama-3.2-3b --algo rlpt --text books/
     python train.py --model runs/A/checkpoint --algo grpo --prompts alpaca.json    # a second stage
     python train.py --watch                                # one round as a transcript, no update
     python train.py --resume runs/A                        # as if it had never been stopped
@@ -35,6 +37,7 @@ from gradient import Row, accumulate, culprits, unsound
 from memory import MasterAdamW
 from model import save_model
 from phases import StopRequest, out_of_memory
+from rlpt import draw_episodes
 from sample import Completion, sample, text_of
 from settings import Settings, resolve, run_name
 
@@ -45,6 +48,7 @@ class Round:
     """One round of play. Tensors and lists of N queries, and of N groups of G answers."""
     queries: list[str]                     # as they were asked (see `shortened`)
     golds: list[str | None]
+    kinds: list[str] | None                # rlpt: of task, asr or msr
     query_rows: list[Completion]           # (N), empty where the queries are data
     solver_prompts: list[list[int]]        # (N)
     answer_rows: list[list[Completion]]    # (N, G)
@@ -68,8 +72,11 @@ def play(game: Game, step: int) -> Round:
                  batch_tokens=s.batch_tokens)
 
     # Challenge: q ~ pi_Ch(q) = pi(q | <cp>). The query is all that was written, and nothing else.
-    if game.data:
-        query_rows = []
+    query_rows, golds, kinds, shortened = [], [None] * s.queries, None, {}
+    if game.texts:
+        queries, golds, kinds, cut = map(list, zip(*draw_episodes(game, step)))
+        shortened["contexts"] = sum(cut)
+    elif game.data:
         queries, golds = map(list, zip(*draw(game.data, s.queries, s.seed, step)))
     else:
         with phase("challenge"):
@@ -77,7 +84,6 @@ def play(game: Game, step: int) -> Round:
                                    max_new_tokens=s.query_tokens,
                                    generator=generator(s.seed, step, CHALLENGE), **speak)
         queries = [text_of(game.tokenizer, row) for row in query_rows]
-        golds = [None] * s.queries
 
     # Solve: a ~ pi_Sol(a|q) = pi(a | q as a plain user turn), G times. A query whose text takes
     # more tokens than the Challenger wrote, more than the context holds, is asked without its end.
@@ -86,7 +92,7 @@ def play(game: Game, step: int) -> Round:
                      lambda q: [{"role": "user", "content": q}],
                      game.policy.config.max_position_embeddings - s.answer_tokens)
         solver_prompts, queries = [ids for ids, _, _ in fitted], [q for _, (q,), _ in fitted]
-        shortened = {"queries": sum(cut for _, _, cut in fitted)}
+        shortened["queries"] = sum(cut for _, _, cut in fitted)
         answer_rows = sample(game.policy, solver_prompts, num_samples=G,
                              max_new_tokens=s.answer_tokens,
                              generator=generator(s.seed, step, SOLVE), **speak)
@@ -94,18 +100,23 @@ def play(game: Game, step: int) -> Round:
     count = lambda rows: sum(len(row.tokens) for row in rows)
     tokens = {"challenge": count(query_rows), "solve": sum(map(count, answer_rows))}
 
-    # Score: R(q, a), and in lsp the judge's R_Q(q, a). The same pair is scored once.
+    # Score: R(q, a), in rlpt the judge's verdict, and in lsp its R_Q(q, a). The same pair is scored
+    # once.
     triples = [(q, a, gold) for q, gold, group in zip(queries, golds, answers) for a in group]
     number = {t: i for i, t in enumerate(dict.fromkeys(triples))}    # of each distinct one
     at = torch.tensor([number[t] for t in triples]).view(-1, G)                      # (N, G)
     asked, answered, gold = map(list, zip(*number))
+    R_Q, judgements = None, []
     with phase("reward"):
+        if s.verdict:
+            game.reward.generator = generator(s.seed, step, JUDGE)
         R = rewards.as_rewards(game.reward(asked, answered, gold), len(asked))[at]   # (N, G)
     if s.reward in rewards.VERIFIABLE:     # cut off is not answered: "#### 4" may be half of 42
         R = R * torch.tensor([[row.stopped for row in group] for group in answer_rows])
     shortened["rewarded"] = getattr(game.reward, "shortened", 0)
-    R_Q, judgements = None, []
-    if game.judge is not None:
+    if s.verdict:
+        judgements = [game.reward.records[i] for i in at.flatten().tolist()]
+    elif game.judge is not None:
         if s.judge_temperature and s.self_reward == "generate":      # drawn anew for each
             at = torch.arange(len(triples)).view(-1, G)
             asked, answered, _ = map(list, zip(*triples))
@@ -128,7 +139,7 @@ def play(game: Game, step: int) -> Round:
     A_ch = torch.zeros(len(queries)) if query_rows else None                         # (N,)
     if query_rows and kept.sum() >= 2:
         A_ch[kept] = lsp.challenger_advantages(s.reward_scale * R[kept], quality)    # Eq. 3
-    return Round(queries, golds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
+    return Round(queries, golds, kinds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
                  judgements, kept, A_sol, A_ch, shortened, phase.seconds, tokens)
 
 
@@ -293,7 +304,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
 
 
 def main():
-    parser = runs.Parser(description="Language Self-Play, LSP-Zero and GRPO on one Llama.")
+    parser = runs.Parser(description="Language Self-Play, LSP-Zero, GRPO and RLPT on one Llama.")
     runs.add_flags(parser, Settings)
     train(*resolve(vars(parser.parse_args())))
 
