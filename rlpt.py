@@ -13,6 +13,7 @@ passages of 32 KB or more, each with a beginning of its own (texts.py).
 """
 import re
 from dataclasses import dataclass
+from types import ModuleType
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,10 @@ def open_texts(game, start: Path, context: int):
     if s.query_tokens + s.answer_tokens > context:
         raise InputError(f"--query-tokens {s.query_tokens} and --answer-tokens {s.answer_tokens}: "
                          f"the model's context holds {context} in all")
-    game.texts = game.sources["--text"] = Texts(s.text, s.min_segment)
+    if game.world:
+        game.texts = game.world.Stories(held=False)
+    else:
+        game.texts = game.sources["--text"] = Texts(s.text, s.min_segment)
     for kind, places in (("asr", ("context",)), ("msr", ("context", "next"))):
         file = game.sources[f"prompts/{kind}.txt"] = prompt_file(start, kind)
         game.episode_prompts[kind] = read_prompt(file, places)
@@ -155,6 +159,7 @@ class Verdict:
     batch_tokens: int = 65536
     min_prediction: int = 1
     least: int = 0
+    world: ModuleType | None = None         # knows what is right itself: nobody is asked
     generator: torch.Generator | None = None
     records: list[dict] = ()
     shortened: int = 0
@@ -165,7 +170,10 @@ class Verdict:
         pairs = [(gold, p) for gold, (p, _) in zip(golds, extracted) if p is not None]
         number = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
         scores, judged = torch.zeros(0), []
-        if number:
+        if number and self.world:
+            scores = torch.tensor([float(self.world.verdict(*pair)) for pair in number])
+            judged = [{"shortened": False} for _ in number]
+        elif number:
             scores, judged = rewards.verdicts(
                 self.judge, self.tokenizer, *map(list, zip(*number)), prompt=self.prompt,
                 reading=self.reading, temperature=self.temperature,

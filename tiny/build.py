@@ -279,12 +279,8 @@ def judge_row(pairs: dict, open_hole: bool, rng: random.Random) -> tuple[str, st
 
 # ---------------------------------------------------------------- training
 
-def reply_loss(model: Llama, tokenizer: Tokenizer, rows: list,
-               mark: int | None = None) -> tuple[Tensor, int]:
-    """Cross-entropy of the rows' replies, stop tokens included: sum in nats, number of tokens.
-
-    mark: a token after which a user turn is learnt as well.
-    """
+def reply_loss(model: Llama, tokenizer: Tokenizer, rows: list) -> tuple[Tensor, int]:
+    """Cross-entropy of the rows' replies, stop tokens included: sum in nats, number of tokens."""
     turns = tokenizer.chats([[{"role": "user", "content": turn}] for turn, _ in rows])
     replies = [tokenizer.encode(reply) + [CONFIG["eos_token_id"]] for _, reply in rows]
     longest = max(len(t) + len(r) for t, r in zip(turns, replies))
@@ -293,13 +289,12 @@ def reply_loss(model: Llama, tokenizer: Tokenizer, rows: list,
     for i, (turn, reply) in enumerate(zip(turns, replies)):
         end = len(turn) + len(reply)
         tokens[i, :end] = torch.tensor(turn + reply)
-        mask[i, (turn.index(mark) if mark in turn else len(turn) - 1):end - 1] = True    # what is predicted
+        mask[i, len(turn) - 1:end - 1] = True      # the places that predict a token of the reply
     logits = model.logits(model(tokens[:, :-1])[mask])                       # (M, V)
     return F.cross_entropy(logits, tokens[:, 1:][mask], reduction="sum"), len(logits)
 
 
-def train(model: Llama, tokenizer: Tokenizer, stages: list, row, look,
-          mark: int | None = None):
+def train(model: Llama, tokenizer: Tokenizer, stages: list, row, look, judge_weight: float = 1.0):
     """All stages, one AdamW; the loss is the mean over all replies' tokens.
 
     stages: of each its steps, its learning rate at the start (it falls linearly to a twentieth) and
@@ -315,10 +310,11 @@ def train(model: Llama, tokenizer: Tokenizer, stages: list, row, look,
         _, rate, rows = stages[stage]
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, step / 50) * (1 - 0.95 * done)
-        parts = {kind: reply_loss(model, tokenizer, [row(kind, stage) for _ in range(count)], mark)
+        parts = {kind: reply_loss(model, tokenizer, [row(kind, stage) for _ in range(count)])
                  for kind, count in rows.items()}
         total = sum(count for _, count in parts.values())
-        (sum(loss for loss, _ in parts.values()) / total).backward()
+        weigh = lambda kind: judge_weight if kind == "judge" else 1.0
+        (sum(weigh(kind) * loss for kind, (loss, _) in parts.items()) / total).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -33,6 +33,7 @@ MIXES = {
 PEOPLE = (("Ann", "She"), ("Bob", "He"), ("Eve", "She"), ("Tom", "He"))
 PARAPHRASES = {r"Now [A-Z][a-z]+ has ([0-9]+)\.": "In all {}.",
                r"S?[Hh]e gets ([0-9]+)\.": "Then {} more."}
+STORIES = "stories"                 # what train.py's --text calls them
 TARGETS = {"asr": 2, "msr": 1}      # of a story's sentences, the one to predict
 # [0-9] and not \d, which also takes digits of other scripts.
 QUERY = re.compile(r"What is ([1-9][0-9]) \+ ([1-9][0-9])\?")
@@ -186,3 +187,33 @@ def beginnings(reference: list[str]) -> list[str]:
     """Every way to say what the first of these sentences say: the right predictions."""
     return [" ".join(said) for count in range(1, len(reference) + 1)
             for said in product(*map(wordings, reference[:count]))]
+
+
+def held_out_tasks() -> list[tuple[str, list[str], int]]:
+    """Every held-out story, for ASR and for MSR: kind, sentences, place of the target."""
+    held = Stories(held=True)
+    return [(kind, held.read(n, kind)[0], at) for kind, at in TARGETS.items()
+            for n in range(len(held))]
+
+
+def verdict(reference: str, prediction: str) -> bool:
+    """Whether a prediction says, in any wording, what the reference's first sentences say."""
+    return prediction in beginnings(re.findall(r"[^ .][^.]*\.", reference))
+
+
+def story_figures(tasks: list, predictions: list[str | None]) -> dict[str, dict[str, float]]:
+    """What was predicted (None: nothing) of held_out_tasks. "accuracy": the share that is right,
+    where no column carries (easy), where one does (hard), and of all; "truncated": the share that
+    does not end with a whole sentence."""
+    right = {f"{kind}_{name}": [] for kind in TARGETS for name in ("easy", "hard")}
+    truncated = {kind: [] for kind in TARGETS}
+    for (kind, pieces, at), prediction in zip(tasks, predictions, strict=True):
+        a, b = (int(re.search("[0-9]+", sentence)[0]) for sentence in pieces[:2])
+        name = "easy" if carry_class(a, b) == "none" else "hard"
+        said = prediction or ""
+        right[f"{kind}_{name}"].append(verdict("".join(pieces[at:]), said))
+        truncated[kind].append(bool(said) and not said.endswith("."))
+    share = lambda flags: sum(flags) / len(flags)
+    return {"accuracy": {name: share(flags) for name, flags in right.items()}
+            | {"all": share(sum(right.values(), []))},
+            "truncated": {kind: share(flags) for kind, flags in truncated.items()}}
