@@ -80,16 +80,21 @@ def step_line(s, m: dict) -> str:
     if m["skipped"]:
         line += "  " + fault_text(m["faults"]) + ": update skipped"
     if unread is not None and unread > 0.5:
-        line += "  self-reward mostly unread"
+        line += f"  {'verdicts' if s.verdict else 'self-reward'} mostly unread"
     return line
 
 
 def example_line(r) -> str:
-    """One query of the round, the Challenger's best, with its answers and what they earned."""
-    n = 0 if r.A_ch is None else int(r.A_ch.argmax())
+    """One query of the round, the Challenger's best, with its answers and what they earned; in rlpt
+    the first reference with its predictions."""
+    n, G = 0 if r.A_ch is None else int(r.A_ch.argmax()), r.R.shape[1]
     clip = lambda text, most: repr(text if len(text) <= most else text[:most - 3] + "...")
-    answers = Counter(clip(answer, 30) for answer in r.answers[n]).most_common(4)
+    texts = r.answers[n] if not r.kinds else [
+        j["prediction"] or j["failure"] for j in r.judgements[n * G:(n + 1) * G]]
+    answers = Counter(clip(text, 30) for text in texts).most_common(4)
     said = ", ".join(f"{count} x {answer}" for answer, count in answers)
+    if r.kinds:
+        return f"    {r.kinds[n]}: {clip(r.golds[n], 70)}  predicted {said}  R {r.R[n].mean():.2f}"
     quality = "" if r.R_Q is None else f"  R_Q {r.R_Q[n].mean():.2f}"
     return f"    asked {clip(r.queries[n], 70)}  answered {said}  R {r.R[n].mean():.2f}{quality}"
 
@@ -139,7 +144,7 @@ def samples(r, step: int):
 
 
 def transcript(s, r) -> str:
-    """A round for reading: query, answers, R, R_Q, advantages."""
+    """A round for reading: query, in rlpt what really follows, answers, R, R_Q, advantages."""
     number = lambda x: "     -" if x is None else f"{x:6.2f}"
     indent = lambda text, margin: "\n".join(margin + line for line in text.split("\n"))
     lines = []
@@ -147,8 +152,11 @@ def transcript(s, r) -> str:
         cut = "" if said["query_stopped"] in (True, None) else "   (cut off)"
         lines += ["", f"query {n}/{len(r.queries)}   Challenger's advantage "
                   f"{number(said['challenger_advantage'])}{cut}", indent(said["query"], "  ? ")]
+        if said["kind"]:
+            lines.append(indent(said["gold"], "  = "))
         for a in said["answers"]:
             unread = f" (unread: {a['reason']})" if a.get("reason") else ""
+            unread += f" (no prediction: {a['failure']})" if a.get("failure") else ""
             lines += [f"  R {number(a['reward'])}  R_Q {number(a['quality'])}{unread}  advantage "
                       f"{number(a['advantage'])}" + ("" if a["stopped"] else "  (cut off)"),
                       indent(a["answer"], "      ")]

@@ -45,7 +45,7 @@ BEGINNERS = set("""The A An This That These Those There Here He She It We They Y
     Our Their My Your But And Or So Then Now Yet In On At As If When While After Before Because
     Although However Once Some Many Most All Every What Who Why How Where No Not Yes For From With
     By To Only Let Do Did Is Are Was Were""".split())
-INITIALS = re.compile(r"(?:[^\W\d_]{1,3}\.)*[^\W\d_]{1,3}")
+INITIALS = re.compile(r"(?:[^\W\d_]{1,2}\.)*[^\W\d_]{1,2}")
 NUMBERING = re.compile(r"\(?(?:[0-9]{1,3}(?:\.[0-9]{1,3})*|[A-Za-z]|[IVXLivxl]{1,6})")
 # Lines that begin a new segment, and lines that are one by themselves.
 ITEM = re.compile(r"(?:[-*+•‣◦▪·–—]|\(?[0-9]{1,3}[.)]|\(?[a-z]\))\s|>")
@@ -150,7 +150,7 @@ def segments(text: str, least: int = 0) -> list[str]:
 
 def is_whole(segment: str) -> bool:
     """Whether a segment is a whole sentence: it ends with a mark."""
-    return segment.rstrip(CLOSING + " \n")[-1:] in ENDING
+    return segment.rstrip(CLOSING + " \n").endswith(tuple(ENDING))
 
 
 # ---------------------------------------------------------------- texts
@@ -165,9 +165,12 @@ class Texts:
 
     def __init__(self, path: str, least: int = 0):
         self.path, self.least, self.crc = Path(path), least, 0
+        if not self.path.is_dir() and not self.path.is_file():
+            raise InputError(f"--text {path}: no such file or folder (a pipe is none, either)")
         try:
-            self.files = [self.path] if not self.path.is_dir() else sorted(
-                file for file in self.path.rglob("*") if file.suffix in (".txt", ".jsonl"))
+            self.files = [self.path] if self.path.is_file() else sorted(
+                file for file in self.path.rglob("*")
+                if file.suffix in (".txt", ".jsonl") and file.is_file())
             self.places = array("q")       # per passage: file, offset of the JSON line, begin, end
             for n, file in enumerate(self.files):
                 self.crc = zlib.crc32(str(file.relative_to(self.path)).encode(), self.crc)
@@ -177,7 +180,8 @@ class Texts:
         except OSError as error:
             raise InputError(f"{error.filename or path}: {error.strerror}") from None
         if not self.places:
-            raise InputError(f"{path}: no text in it (a folder's .txt and .jsonl files are read)")
+            raise InputError(f"--text {path}: no text in it (of a folder .txt and .jsonl files are "
+                             "read)")
 
     def __str__(self) -> str:
         return str(self.path)
