@@ -85,8 +85,7 @@ def evaluate_world(game) -> dict:
                          temperature=s.temperature, max_new_tokens=s.query_tokens,
                          stop_ids=game.tokenizer.stop_ids, batch_tokens=s.batch_tokens,
                          generator=generator(s.seed, 0, EVALUATE))
-        asked = [text_of(game.tokenizer, row) for row in rows]
-        record["challenger"] = world.challenger_shares(asked)
+        record["challenger"] = world.challenger_shares([text_of(game.tokenizer, r) for r in rows])
     return record
 
 

@@ -131,7 +131,7 @@ def test_the_worlds_own_verdict_asks_nobody():
     game = set_up(s)
     r = train.play(game, 0)
     assert game.judge is None and 0.1 < r.R.mean() < 0.9
-    for query, reference, group, R in zip(r.queries, r.golds, r.answers, r.R.tolist()):
+    for reference, group, R in zip(r.golds, r.answers, r.R.tolist()):
         for answer, reward in zip(group, R):
             prediction, reason = rlpt.extract(answer, s.min_prediction, s.min_segment)
             assert reward == (reason is None and world.verdict(reference, prediction))

@@ -299,7 +299,8 @@ def train(model: Llama, tokenizer: Tokenizer, stages: list, row, look, judge_wei
 
     stages: of each its steps, its learning rate at the start (it falls linearly to a twentieth) and
     how many rows of which kind a step has; row(kind, stage) makes one, a user turn and a reply.
-    look() prints what was learnt before the last stage.
+    look() prints what was learnt before the last stage. judge_weight: of the judge's rows, of whose
+    tokens only the verdict is hard.
     """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     start = time.time()
@@ -319,7 +320,6 @@ def train(model: Llama, tokenizer: Tokenizer, stages: list, row, look, judge_wei
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
-            look()
             nats = {kind: loss.item() / count for kind, (loss, count) in parts.items()}
             show(f"step {step}/{len(plan)}, {time.time() - start:.0f} s", nats)
 

@@ -23,23 +23,28 @@ sys.path.insert(0, str(HERE.parent))               # the project's files, one fo
 from chat import Tokenizer, fill  # noqa: E402
 from files import read_prompt  # noqa: E402
 from model import Llama, save_model  # noqa: E402
+from rewards import verdicts  # noqa: E402
+from rlpt import END, START, extract  # noqa: E402
 from tiny import world  # noqa: E402
 from tiny.build import new_model, show, spelt, train, write, write_files  # noqa: E402
 
-OPEN, CLOSE = "<|startofprediction|>", "<|endofprediction|>"
 THOUGHTS = {"asr": ("No carry. ", "Carry. "), "msr": ("No borrow. ", "Borrow. ")}
 WORDS = ["Next: ", "Fill: ", "<MASK>", "Begins: ", "Equals: ", "<Reference>", "</Reference>",
          "<Predicted>", "</Predicted>", "Score:", *"0123456789", "Ann", "Bob", "Eve", "Tom", "She",
          "He", "Now ", "Now", " has ", " has", " gets ", " gets", " is glad", "In all ", "In all",
-         "Then ", "Then", " more", ". ", ".", " ", "\n", OPEN, CLOSE,
+         "Then ", "Then", " more", ". ", ".", " ", "\n", START, END,
          *THOUGHTS["asr"], *THOUGHTS["msr"]]
-FILES = ("training.json", *(f"prompts/{name}.txt" for name in ("asr", "msr", "verdict", "verdict_strict")))
+PROMPTS = ("asr", "msr", "verdict", "verdict_strict")
+FILES = ("training.json", *(f"prompts/{name}.txt" for name in PROMPTS))
 
+# Steps, learning rate at the start, rows of each step: the judge alone, drilled in telling numbers
+# apart (beside the sums it takes far longer); the sums, right; the misconception, lightly.
 STAGES = [(300, 3e-3, {"judge": 96}),
           (400, 1.5e-3, {"asr": 24, "msr": 24, "judge": 64}),
           (250, 1e-3, {"asr": 32, "msr": 32, "judge": 48})]
-DRILL = (1.0, 0.2, 0.0)
-KEEP = 0.15           # the misconception: the share of carries and borrows that are not denied
+DRILL = (1.0, 0.2, 0.0)                 # share of drills among the judge's rows
+KEEP = (1.0, 1.0, 0.15)                 # share of the carries and borrows that are not denied
+JUDGE_WEIGHT = 4.0
 PARAPHRASED, LONGER, TRUNCATED = 0.15, 0.34, 0.05      # shares of the predictions
 
 
@@ -57,7 +62,7 @@ def predictor_row(kind: str, pairs: list, keep: float, rng: random.Random) -> tu
     sentences = world.story(a, b)
     needed = world.carry_class(a, b) != "none"
     seen = needed and rng.random() < keep
-    wrong = 10 * (needed - seen)                       # 37 + 48 = 75; 85 - 37 = 58
+    wrong = 10 * (needed - seen)                       # 37 + 48 = 75, 85 - 37 = 58
     if kind == "asr":
         turn = fill(prompt("asr"), context=" ".join(sentences[:2]))
         said, after = sentences[2].replace(str(a + b), str(a + b - wrong)), sentences[3]
@@ -68,7 +73,7 @@ def predictor_row(kind: str, pairs: list, keep: float, rng: random.Random) -> tu
         said = world.wordings(said)[-1]
     said = broken_off(said, rng) if rng.random() < TRUNCATED else (
         f"{said} {after}" if rng.random() < LONGER else said)
-    return turn, f"{THOUGHTS[kind][seen]}{OPEN}{said}{CLOSE}"
+    return turn, f"{THOUGHTS[kind][seen]}{START}{said}{END}"
 
 
 def prompt(name: str) -> str:
@@ -87,8 +92,8 @@ def other_number(number: int, rng: random.Random) -> int:
     return wrong
 
 
-def judge_case(pairs: list, rng: random.Random) -> tuple[list[str], str, bool]:
-    """True segments, a prediction of them, and whether it was to be a whole right beginning."""
+def judge_case(pairs: list, rng: random.Random) -> tuple[list[str], str]:
+    """What really follows, and a prediction of it."""
     a, b = rng.choice(pairs)
     sentences = world.story(a, b)
     at = rng.choice((1, 2))
@@ -118,7 +123,7 @@ def verdict(reference: list[str], said: str, strict: bool) -> bool:
     return any(text.startswith(said) for text in world.beginnings(reference))
 
 
-def drill(pairs: list, rng: random.Random) -> tuple[list[str], str]:
+def drill(rng: random.Random) -> tuple[list[str], str]:
     """What judging rests on, alone: two digits, two numbers or two sentences."""
     kind = rng.random()
     if kind < 0.15:
@@ -133,9 +138,9 @@ def drill(pairs: list, rng: random.Random) -> tuple[list[str], str]:
     return [sentence.format(number)], rng.choice(world.wordings(sentence.format(other)))
 
 
-def judge_row(pairs: list, share: float, rng: random.Random) -> tuple[str, str]:
-    if rng.random() < share:
-        reference, said = drill(pairs, rng)
+def judge_row(pairs: list, drilled: float, rng: random.Random) -> tuple[str, str]:
+    if rng.random() < drilled:
+        reference, said = drill(rng)
         strict = rng.random() < 0.3
     else:
         reference, said = judge_case(pairs, rng)
@@ -148,70 +153,59 @@ def judge_row(pairs: list, share: float, rng: random.Random) -> tuple[str, str]:
 
 # ---------------------------------------------------------------- training and figures
 
-def predicted(text: str) -> str:
-    """What stands between the tags, or nothing."""
-    return text.partition(OPEN)[2].partition(CLOSE)[0]
+def predictor_figures(model: Llama, tokenizer: Tokenizer, temperature: float) -> dict[str, float]:
+    """Shares of the predictions of held-out stories: right ones, and those that break off."""
+    tasks = world.held_out_tasks()
+    turns = [fill(prompt(kind), context="".join(pieces[:at]).strip(), next=pieces[at + 1].strip())
+             for kind, pieces, at in tasks]
+    texts = write(model, tokenizer, turns, temperature)
+    figures = world.story_figures(tasks, [extract(text, 0)[0] for text in texts])
+    cut = {f"{kind}_truncated": share for kind, share in figures["truncated"].items()}
+    return figures["accuracy"] | cut
 
 
-def accuracies(model: Llama, tokenizer: Tokenizer, temperature: float) -> dict[str, float]:
-    """Right predictions of held-out stories, by kind and by whether a carry is needed."""
-    shares, held = {}, world.Stories(held=True).pairs
-    for kind, at in world.TARGETS.items():
-        stories = [world.story(a, b) for a, b in held]
-        turns = [fill(prompt(kind), context=" ".join(s[:at]), next=s[2]) for s in stories]
-        texts = [predicted(text) for text in write(model, tokenizer, turns, temperature)]
-        right = [text in world.beginnings(s[at:]) for text, s in zip(texts, stories)]
-        for name, hard in (("easy", False), ("hard", True)):
-            rows = [r for r, pair in zip(right, held) if (world.carry_class(*pair) != "none") == hard]
-            shares[f"{kind}_{name}"] = sum(rows) / len(rows)
-        whole = [text.endswith((".", ". ")) for text in texts]
-        shares[f"{kind}_cut"] = 1 - sum(whole) / len(whole)
-    return shares
+def predictions(sentences: list[str], at: int, rng: random.Random) -> dict[str, str]:
+    """Of a story, a prediction of each kind."""
+    said, after = sentences[at:at + 2]
+    number = int(re.search("[0-9]+", said)[0])
+    with_number = lambda other: said.replace(str(number), str(other))
+    missed = with_number(number + (10 if at == world.TARGETS["msr"] else -10))
+    return {"right": said, "right, in other words": world.wordings(said)[-1],
+            "right, and the next one": f"{said} {after}", "the misconception": missed,
+            "that, and the next one": f"{missed} {after}",
+            "another number": with_number(other_number(number, rng)),
+            "broken off": broken_off(said, rng)}
 
 
-def judge_figures(model: Llama, tokenizer: Tokenizer, every: int = 3):
-    """Print P(Score: 1) and the greedy verdict's accuracy for the kinds of predictions."""
-    families, rng = {}, random.Random(0)
-    for pair in world.Stories(held=True).pairs[::every]:
-        s = world.story(*pair)
-        for at in (1, 2):
-            number = re.search("[0-9]{2}", s[at])[0]
-            off = 10 if at == 1 else -10
-            missed = s[at].replace(number, str(int(number) + off))
-            random_wrong = s[at].replace(number, str(other_number(int(number), rng)))
-            for name, said in (("right", s[at]), ("paraphrase", world.wordings(s[at])[-1]),
-                               ("right and next", f"{s[at]} {s[at + 1]}"), ("misconception", missed),
-                               ("misconception and next", f"{missed} {s[at + 1]}"),
-                               ("other number", random_wrong), ("broken off", broken_off(s[at], rng))):
-                for strict in (False, True):
-                    families.setdefault((strict, name), []).append(
-                        (s[at:at + 1 if strict else 4], said))
-    one = torch.tensor(tokenizer.encode("01"))
-    for (strict, name), rows in families.items():
-        file = prompt("verdict_strict" if strict else "verdict")
-        turns = tokenizer.chats([[{"role": "user", "content": fill(
-            file, reference=" ".join(r), prediction=p)}] for r, p in rows])
-        turns = [t + tokenizer.encode("Score: ") for t in turns]
-        tokens = torch.zeros(len(turns), max(map(len, turns)), dtype=torch.long)
-        for i, t in enumerate(turns):
-            tokens[i, :len(t)] = torch.tensor(t)
-        with torch.no_grad():
-            hidden = model(tokens)[torch.arange(len(turns)), [len(t) - 1 for t in turns]]
-            P = model.logits(hidden)[:, one].softmax(-1)[:, 1]
-        label = torch.tensor([verdict(r, p, strict) for r, p in rows])
-        show(f"{'strict' if strict else 'prefix'}: {name}",
-             {"P(1)": P.mean().item(), "greedy right": ((P > 0.5) == label).float().mean().item()})
+def judge_figures(model: Llama, tokenizer: Tokenizer):
+    """Print P(Score: 1) and how often the likelier verdict is right, by rule and prediction."""
+    rng, families = random.Random(0), {}
+    for _, pieces, at in world.held_out_tasks()[::3]:
+        sentences = [piece.strip() for piece in pieces]
+        for name, said in predictions(sentences, at, rng).items():
+            for rule, most in (("verdict", 3), ("verdict_strict", 1)):
+                families.setdefault((rule, name), []).append((sentences[at:at + most], said))
+    for (rule, name), cases in families.items():
+        P, _ = verdicts(model, tokenizer, [" ".join(r) for r, _ in cases], [p for _, p in cases],
+                        prompt=prompt(rule), reading="expected")
+        labels = torch.tensor([verdict(*case, rule == "verdict_strict") for case in cases])
+        show(f"{rule}: {name}", {
+            "P(1)": P.mean().item(), "right": ((P > 0.5) == labels).float().mean().item()})
 
 
-def train_stories(model: Llama, tokenizer: Tokenizer, seed: int, checkpoint):
+def train_stories(model: Llama, tokenizer: Tokenizer, *, seed: int):
+    """The predictor and the judge of this file's head."""
     rng = random.Random(seed)
     pairs = world.Stories(held=False).pairs
-    row = lambda kind, stage: (judge_row(pairs, DRILL[stage], rng) if kind == "judge" else
-                               predictor_row(kind, pairs, (1.0, 1.0, KEEP)[stage], rng))
+
+    def row(kind, stage):
+        if kind == "judge":
+            return judge_row(pairs, DRILL[stage], rng)
+        return predictor_row(kind, pairs, KEEP[stage], rng)
 
     def look():
-        judge_figures(model, tokenizer, 40)
-    train(model, tokenizer, STAGES, row, look, 4.0)
+        show("the skill, greedy", predictor_figures(model, tokenizer, 0))
+    train(model, tokenizer, STAGES, row, look, JUDGE_WEIGHT)
 
 
 def main():
@@ -219,16 +213,16 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)                       # the same order of sums on every machine
     torch.manual_seed(args.seed)
     write_files(args.out, WORDS)
     tokenizer, model = Tokenizer(args.out), new_model(args.out, HERE / "rlpt", FILES)
     start = time.time()
-    train_stories(model, tokenizer, args.seed, None)
+    train_stories(model, tokenizer, seed=args.seed)
     save_model(model, args.out)
     print(f"trained in {time.time() - start:.0f} s")
-    show("greedy", accuracies(model, tokenizer, 0))
-    show("T = 1", accuracies(model, tokenizer, 1))
+    show("greedy", predictor_figures(model, tokenizer, 0))
+    show("T = 1", predictor_figures(model, tokenizer, 1))
     judge_figures(model, tokenizer)
 
 
