@@ -1,5 +1,6 @@
 """RLPT (arXiv 2509.19249): plain text as a stream of tasks. Episodes, predictions, verdicts.
 
+    python train.py --algo rlpt                     # the embedded stories, a minute on a CPU
     python train.py --algo rlpt --model llama-3.2-3b --text books/
     draw_episodes(game, step)                         # N prompts, each with what really follows
     extract("... <|startofprediction|>She left.<|endofprediction|>")         # ("She left.", None)
