@@ -88,7 +88,8 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     if judged:
         prompt_path = Path(s.self_reward_prompt) if s.self_reward else prompt_file(
             judge_path, "verdict_strict" if s.strict else "verdict")
-        game.sources |= {"--self-reward-prompt": prompt_path, "--judge": judge_path}
+        flag = "--self-reward-prompt" if s.self_reward else "the judge's prompt"
+        game.sources |= {flag: prompt_path, "--judge": judge_path}
         game.judge_tokenizer = tokenizer if judge_path == start else Tokenizer(judge_path)
         game.judge_prompt = read_prompt(prompt_path, judged.places)
         opening(game.judge_tokenizer, prompt_path,

@@ -39,8 +39,8 @@ def measure(s, r) -> dict:
 
 
 def predictions(r) -> dict:
-    """What measure() says in rlpt alone; no_prediction: of answers, truncated_predictions: of all,
-    those whose prediction does not end with a whole sentence."""
+    """What measure() says in rlpt alone. no_prediction: of all answers, those from which none could
+    be extracted; truncated_predictions: those with one that does not end as a sentence does."""
     kinds, records = r.kinds or [], r.judgements if r.kinds else []
     of = lambda kind: share([value for k, value in zip(kinds, r.R.mean(1).tolist()) if k == kind])
     return {
@@ -49,7 +49,8 @@ def predictions(r) -> dict:
         "no_prediction": share([bool(j["failure"]) for j in records]),
         "extraction_failures": dict(Counter(j["failure"] for j in records if j["failure"]))
         if records else None,
-        "truncated_predictions": share([not j.get("whole", True) for j in records]),
+        "truncated_predictions": share([j["failure"] == "short" or not j.get("whole", True)
+                                        for j in records]),
     }
 
 
@@ -89,8 +90,9 @@ def example_line(r) -> str:
     the first reference with its predictions."""
     n, G = 0 if r.A_ch is None else int(r.A_ch.argmax()), r.R.shape[1]
     clip = lambda text, most: repr(text if len(text) <= most else text[:most - 3] + "...")
-    texts = r.answers[n] if not r.kinds else [
-        j["prediction"] or j["failure"] for j in r.judgements[n * G:(n + 1) * G]]
+    texts = r.answers[n]
+    if r.kinds and r.judgements:
+        texts = [j["prediction"] or j["failure"] for j in r.judgements[n * G:(n + 1) * G]]
     answers = Counter(clip(text, 30) for text in texts).most_common(4)
     said = ", ".join(f"{count} x {answer}" for answer, count in answers)
     if r.kinds:

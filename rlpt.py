@@ -14,8 +14,9 @@ passages of 32 KB or more, each with a beginning of its own (texts.py).
 """
 import re
 from dataclasses import dataclass
-from types import ModuleType
+from itertools import takewhile
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -26,11 +27,12 @@ from chat import Tokenizer, fill
 from data import EPISODE, draw, generator
 from files import InputError, prompt_file, read_prompt
 from model import Llama
-from texts import Texts, is_whole, segments
+from texts import LONGEST, Texts, is_whole, segments
 
 START, END = "<|startofprediction|>", "<|endofprediction|>"
 TAG = re.compile(f"{re.escape(START)}|{re.escape(END)}")
 REASONS = ("no_tags", "no_start", "no_end", "nested", "several", "empty", "short")
+TRIES = 1000              # passages that may offer nothing before the text is given up
 
 
 # ---------------------------------------------------------------- episodes
@@ -71,14 +73,14 @@ def draw_episodes(game, step: int) -> list[Episode]:
     for number in draw(range(len(game.texts)), s.queries, s.seed, step):
         # Of each 1 + lambda rows one is ASR and lambda MSR: J's gradient, up to that factor.
         kind = "msr" if uniform() < s.msr_weight / (1 + s.msr_weight) else "asr"
-        for _ in range(100):
+        for _ in range(TRIES):
             pieces, targets = game.texts.read(number, kind)
             episode = targets and pose(game, kind, pieces, targets[int(uniform() * len(targets))])
             if episode:
                 break
             number = int(uniform() * len(game.texts))
         else:
-            raise InputError(f"--text {s.text}: of 100 passages none has a sentence to predict "
+            raise InputError(f"--text {s.text}: of {TRIES} passages none has a sentence to predict "
                              f"({kind}) with a context that fits into --query-tokens")
         episodes.append(episode)
     return episodes
@@ -107,8 +109,10 @@ def pose(game, kind: str, pieces: list[str], i: int) -> Episode | None:
         return None
     if (strange := game.tokenizer.unspelt(query(kept))) is not None:
         raise InputError(f"--text {s.text}: the model's tokenizer cannot spell {strange!r}")
-    reference = "".join(pieces[i:i + (1 if s.strict else s.reference_segments)]).rstrip()
-    return Episode(query(kept), reference, kind, kept < i)
+    following = pieces[i:i + (1 if s.strict else s.reference_segments)]
+    # Nothing that is no sentence, such as a table, which would fill the judge's context.
+    reference = takewhile(lambda piece: len(piece) <= LONGEST, following)
+    return Episode(query(kept), "".join(reference).rstrip(), kind, kept < i)
 
 
 # ---------------------------------------------------------------- predictions

@@ -153,7 +153,7 @@ def resolve(given: dict) -> tuple[Settings, dict]:
         preset = preset | read_preset(file)
     algo = given.get("algo", preset.get("algo", Settings.algo))
     s = Settings(**{"model": name} | ALGOS[algo] | preset | given)
-    if s.algo == "rlpt" and "reward" not in named:      # no model's preset has another one
+    if s.algo == "rlpt" and "reward" not in given:      # whatever the model's preset plays for
         s.reward = "verdict"
     for needs, (met, flags) in NEEDS.items():
         for flag in flags if not met(s) else ():
@@ -251,6 +251,8 @@ def check(s: Settings):
                          "lacks: --algo grpo")
     if s.algo != "lsp" and s.self_reward:
         raise InputError(f"--self-reward is for --algo lsp; {s.algo} has none")
+    if s.algo != "rlpt" and s.verdict:
+        raise InputError(f"--verdict is for --algo rlpt; {s.algo} has none")
     if s.algo == "rlpt" and not s.text:
         raise InputError("--algo rlpt learns from plain text: give --text FILE_OR_FOLDER")
     if s.strict and s.reference_segments != Settings.reference_segments:

@@ -34,12 +34,12 @@ ENDING, CLOSING = ".!?…‽؟۔।॥։。！？｡．", "\"'”’“»›)]}*
 OPENING = "\"'“‘„«‹([{¿¡*_「『（《【〈"
 WIDE_MARKS = "。！？｡．"
 GOES_ON = ".,;:!?…)]}»–—-"                # a mark before one of these has not ended the sentence
-NEVER_LAST = set("""mr mrs ms mx dr prof st mt ft gen col maj capt cpt lt sgt cmdr adm gov sen rep
-    rev hon pres messrs mme mlle sr sra srta hr fr dra vs cf viz ca approx e.g i.e z.b d.h u.a bzw
-    vgl evtl al""".split())
+NEVER_LAST = set("""mr mrs ms mx dr prof gen col maj capt cpt lt sgt cmdr adm gov sen rep rev hon
+    pres messrs mme mlle sra srta hr fr dra vs cf viz ca approx e.g i.e z.b d.h u.a bzw vgl evtl
+    al""".split())
 BEFORE_NUMBERS = set("""no nos nr fig figs eq eqs sec secs ch chap vol vols p pp art par ver ed tab
     jan feb mar apr jun jul aug sep sept oct nov dec""".split())
-EITHER = set("inc ltd co corp bros jr esq etc dept univ est ave blvd rd usw".split())
+EITHER = set("inc ltd co corp bros jr sr esq etc dept univ est st ave blvd rd mt ft usw".split())
 # Words that begin sentences, and no names: after EITHER or an initial, the sentence has ended.
 BEGINNERS = set("""The A An This That These Those There Here He She It We They You I His Her Its
     Our Their My Your But And Or So Then Now Yet In On At As If When While After Before Because
@@ -175,7 +175,7 @@ class Texts:
             for n, file in enumerate(self.files):
                 self.crc = zlib.crc32(str(file.relative_to(self.path)).encode(), self.crc)
                 with open(file, "rb") as data:
-                    for at, begin, end in (self.lines if is_json(file) else self.whole)(data):
+                    for at, begin, end in (self.in_lines if is_json(file) else self.in_text)(data):
                         self.places.extend((n, at, begin, end))
         except OSError as error:
             raise InputError(f"{error.filename or path}: {error.strerror}") from None
@@ -189,7 +189,7 @@ class Texts:
     def __len__(self) -> int:
         return len(self.places) // 4
 
-    def whole(self, data) -> Iterator[tuple[int, int, int]]:
+    def in_text(self, data) -> Iterator[tuple[int, int, int]]:
         """Places of a .txt file's passages; a megabyte of it is in memory at a time."""
         decoder, line, at, rest = codecs.getincrementaldecoder("utf-8")(), 1, 0, b""
         while True:
@@ -208,7 +208,7 @@ class Texts:
                 return
             at, rest = at + max(ends, default=0), rest[max(ends, default=0):]
 
-    def lines(self, data) -> Iterator[tuple[int, int, int]]:
+    def in_lines(self, data) -> Iterator[tuple[int, int, int]]:
         """Places of the passages of JSON lines; a line is in memory at a time."""
         at, number = 0, 0
         while line := data.readline(SMALL):
@@ -262,12 +262,14 @@ def text_of_line(line: bytes) -> bytes:
 
 
 def cuts(text: bytes, *, last: bool) -> Iterator[int]:
-    """Where passages of UTF-8 end: at a blank line, else a line's end, else between characters.
+    """Where passages of UTF-8 end, each of PASSAGE to 2 * PASSAGE bytes: at the first blank line,
+    else at the last line's end, else between two characters.
     last: the text ends here, and so does its last passage."""
     begin = 0
     while len(text) - begin > 2 * PASSAGE:
         blank = BLANK.search(text, begin + PASSAGE, begin + 2 * PASSAGE)
-        end = blank.end() if blank else text.rfind(b"\n", begin, begin + 2 * PASSAGE) + 1
+        end = blank.end() if blank else text.rfind(
+            b"\n", begin + PASSAGE, begin + 2 * PASSAGE) + 1
         if end <= begin:
             end = begin + 2 * PASSAGE
             while text[end] & 0xC0 == 0x80:                        # inside a character

@@ -72,6 +72,7 @@ def play(game: Game, step: int) -> Round:
                  batch_tokens=s.batch_tokens)
 
     # Challenge: q ~ pi_Ch(q) = pi(q | <cp>). The query is all that was written, and nothing else.
+    # In rlpt and grpo the queries are given.
     query_rows, golds, kinds, shortened = [], [None] * s.queries, None, {}
     if game.texts:
         queries, golds, kinds, cut = map(list, zip(*draw_episodes(game, step)))

@@ -89,11 +89,14 @@ def test_every_passage_comes_once_an_epoch_and_every_target_in_time(game):
     assert sorted(numbers) == list(range(9)) and len(set(golds)) == 9 * 4
 
 
-def test_episodes_depend_on_the_seed_and_the_step_alone(game):
+def test_episodes_depend_on_the_seed_and_the_step_alone(game, tmp_path):
     first, again = game(), game()
     steps = {k: draw_episodes(first, k) for k in range(6)}
     assert all(draw_episodes(again, k) == steps[k] for k in (5, 0, 3))
-    assert steps[0] != steps[1] and draw_episodes(game(seed=1), 0) != steps[0]
+    assert draw_episodes(game(seed=1), 0) != steps[0]
+    (tmp_path / "one.txt").write_text(" ".join(f"This is sentence {n}." for n in range(99)))
+    one = game(text=str(tmp_path / "one.txt"), queries=1)        # of one passage other segments
+    assert len({draw_episodes(one, step)[0].gold for step in range(9)}) > 6
 
 
 def test_a_context_loses_its_beginning_at_a_sentence_and_no_more_than_it_must(tmp_path, folder):
@@ -128,14 +131,23 @@ def test_what_cannot_be_posed_is_replaced_and_a_text_of_such_alone_is_refused(tm
     asked = {e.gold for step in range(9) for e in draw_episodes(train.set_up(s), step)}
     assert asked == {"It is so. It will be so.", "It will be so."}
     (tmp_path / "t.jsonl").write_text('{"text": "Only one sentence."}\n' * 9)
-    with pytest.raises(InputError, match="--text .*t.jsonl: of 100 passages none has a sentence"):
+    with pytest.raises(InputError, match="--text .*t.jsonl: of 1000 passages none has a sentence"):
         train.set_up(s)
+
+
+def test_a_reference_ends_before_what_is_no_sentence(game):
+    pieces = ["One is here. ", "Two is here. ", "Three is here.\n\n", "| " + "a | " * 500]
+    g = game(reference_segments=3)
+    assert rlpt.pose(g, "asr", pieces, 1).gold == "Two is here. Three is here."
+    assert rlpt.pose(g, "msr", pieces, 1).gold == "Two is here. Three is here."
+    assert rlpt.pose(game(strict=True), "asr", pieces, 1).gold == "Two is here."
+    assert rlpt.pose(g, "msr", pieces, 2) is None                  # its table does not fit
 
 
 def test_the_prompts_name_the_tags_and_show_the_text_in_their_places():
     asr, msr = (read_prompt(HERE / f"prompts/{kind}.txt") for kind in ("asr", "msr"))
     shown = fill(asr, context="It rains. {next} <MASK>", next="no")
-    assert shown.endswith("### Context\nIt rains. {next} <MASK>")        # text is never filled again
+    assert shown.endswith("### Context\nIt rains. {next} <MASK>")      # text is never filled again
     shown = fill(msr, context="It rains.", next="It is wet.")
     assert "## Text Material ##:\nIt rains.\n<MASK>\nIt is wet.\n\n## Task ##:" in shown
     for prompt in (asr, msr):
@@ -397,7 +409,7 @@ def test_a_step_is_measured_told_and_kept_by_kind(game, monkeypatch):
     assert m["msr_share"] == r.kinds.count("msr") / 8 and 0 < m["msr_share"] < 1
     assert m["no_prediction"] == 0.5 and m["extraction_failures"] == {"no_tags": 8, "short": 8}
     assert m["unread"] == 0.5 and m["parse_failures"] == {"no_score": 8}
-    assert m["truncated_predictions"] == 0.25 and m["shortened"]["contexts"] == 0
+    assert m["truncated_predictions"] == 0.5 and m["shortened"]["contexts"] == 0
     assert m["kl_solver"] is None and not m["skipped"] and m["grad_norm"] > 0
     (first, *_) = log.samples(r, 1)
     assert first["kind"] in ("asr", "msr") and first["gold"].startswith(("It says", "Then", "So",
@@ -504,6 +516,7 @@ def test_watch_shows_a_round_with_what_really_follows(main, capsys):
     "prompts": "p.jsonl"}, "--text is not used here: it needs plain text: --algo rlpt"),
     ({"algo": "lsp"}, "--text is not used here: it needs plain text"),
     ({"prompts": "p.jsonl"}, "--prompts is for --algo grpo; rlpt's queries are made of --text"),
+    ({"algo": "lsp", "text": None, "verdict": "expected"}, "--verdict is not used here"),
     ({"self_reward": "expected"}, "--self-reward is for --algo lsp; rlpt has none"),
     ({"reward": "exact"}, "--reward is not used here: it needs queries to answer"),
     ({"eval_prompts": "p.jsonl"}, "--eval-prompts is not used here: it needs queries to answer"),

@@ -27,6 +27,7 @@ SEGMENTED = [
     "He is at Acme Co. (Ohio).‖ Go.",
     "At 3 p.m. Monday came.", "It began at 3 p.m.‖ The sun shone.", "It is 5 p.m. now.‖ Go.",
     "The U.S. Senate met.‖ In the U.S.‖ The Senate meets.", "A Ph.D. in physics.‖ He has none.",
+    "He lives in Main St.‖ He is 6 ft. tall.", "John Sr. Miller left.",
     "Smith et al. Found it.", "Approx. 5 of them.‖ Cf. Kant.", "(See pp. 3 ff.)‖ Vol. 2 is out.",
     # initials, decimals, versions, numbering
     "J. R. R. Tolkien wrote it.‖ So did C. S. Lewis.", "George W. Bush was there.‖ He left.",
@@ -217,8 +218,8 @@ def test_passages_are_of_the_stated_size_and_hold_every_character_once(
     texts = Texts(file)
     places = [texts.places[4 * n:4 * n + 4] for n in range(len(texts))]
     assert all(end - begin <= 128 for _, _, begin, end in places)
-    assert all(end - begin >= 64 for (_, at, begin, end), (_, later, *_) in zip(places, places[1:])
-               if at == later and "\n" not in text)
+    assert all(end - begin >= 61 for (_, at, begin, end), (_, later, *_) in zip(places, places[1:])
+               if at == later and begin < places[-1][2])                   # all but the last one
     read = "".join(every_piece(texts)).removesuffix("Next one.")
     assert "".join(read.split()) == "".join(text.split())
 
