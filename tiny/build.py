@@ -319,8 +319,6 @@ def train(model: Llama, tokenizer: Tokenizer, stages: list, row, look, judge_wei
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step in (400, 900, 1249):
-            look()
         if step % 50 == 0:
             nats = {kind: loss.item() / count for kind, (loss, count) in parts.items()}
             show(f"step {step}/{len(plan)}, {time.time() - start:.0f} s", nats)
