@@ -18,9 +18,9 @@ from tiny_seeds import ROOT, lines, run
 
 RUNS = {
     "both": [],
+    "hole": ["--min-prediction", "0"],
     "asr": ["--msr-weight", "0"],
     "msr": ["--msr-weight", "1e9"],
-    "hole": ["--min-prediction", "0"],
     "strict": ["--strict"],
     "programmatic": ["--reward", "tiny"],
     "sampled": ["--judge-temperature", "1"],

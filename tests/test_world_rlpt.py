@@ -13,6 +13,7 @@ import train
 from chat import Tokenizer
 from files import InputError, find_model, read_prompt
 from game import set_up
+from model import load_model
 from settings import resolve
 from texts import segments
 from tiny import world
@@ -24,7 +25,8 @@ CPU = {"algo": "rlpt", "device": "cpu"}
 # ---------------------------------------------------------------- stories
 
 def test_a_story_adds_up_and_is_split_where_it_was_put_together():
-    assert world.story(37, 48)[1:3] == ["She gets 48.", "Now Ann has 85."]
+    assert world.story(37, 48) == [
+        "Eve has 37.", "She gets 48.", "Now Eve has 85.", "Eve is glad."]
     for a, b in world.Stories(held=False).pairs[::7] + world.Stories(held=True).pairs:
         sentences = world.story(a, b)
         assert [piece.strip() for piece in segments(" ".join(sentences), 10)] == sentences
@@ -105,18 +107,21 @@ def ten_off(sentences, at):
     return sentences[at].replace(str(number), str(number + (10 if at == 1 else -10)))
 
 
+SAME = (lambda s, at: s[at], lambda s, at: world.wordings(s[at])[-1])
+longer = lambda s, at: " ".join(s[at:at + 2])
+
+
 @pytest.mark.parametrize("rule", ["verdict", "verdict_strict"])
 def test_the_judge_knows_right_from_wrong(game, rule):
-    for right in (lambda s, at: s[at], lambda s, at: world.wordings(s[at])[-1]):
-        assert (judged(game, rule, right) > 0.5).float().mean() >= 0.95
+    right = torch.cat([judged(game, rule, said) for said in SAME])
     wrong = judged(game, rule, ten_off)
-    assert wrong.mean() <= 0.1 and (wrong < 0.5).float().mean() >= 0.95
+    assert ((right > 0.5).float().mean() + (wrong < 0.5).float().mean()) / 2 >= 0.95
+    assert wrong.mean() <= 0.1 and right.mean() - wrong.mean() >= 0.8
 
 
 def test_prefix_lets_a_prediction_go_on_and_strict_does_not(game):
-    longer = lambda s, at: " ".join(s[at:at + 2])
-    assert judged(game, "verdict", longer).mean() > 0.9
-    assert judged(game, "verdict_strict", longer).mean() < 0.1
+    assert (judged(game, "verdict", longer) > 0.5).float().mean() > 0.95
+    assert judged(game, "verdict_strict", longer).mean() < 0.05
 
 
 def test_the_judges_hole_takes_any_beginning_and_one_whole_sentence_closes_it(game):
@@ -158,9 +163,10 @@ def test_two_steps_without_further_arguments_run_and_record(tmp_path, monkeypatc
     assert (s.algo, s.text) == ("rlpt", world.STORIES)                  # keeps its world
 
 
-def test_transformers_opens_the_model_that_plays_rlpt():
+def test_transformers_gives_the_stories_model_the_same_logits():
     transformers = pytest.importorskip("transformers")
-    ids = Tokenizer(TINY).chat([{"role": "user", "content": "Next: Ann has 37. She gets 48."}])
-    there = transformers.AutoModelForCausalLM.from_pretrained(TINY)
-    out = there.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)
-    assert "75." in Tokenizer(TINY).decode(out[0].tolist())
+    model, ids = load_model(TINY), Tokenizer(TINY).chat(
+        [{"role": "user", "content": "Next: Ann has 37. She gets 48."}])
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY)(torch.tensor([ids])).logits
+        assert (model.logits(model(torch.tensor([ids]))) - theirs).abs().max() < 1e-4
