@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoints import random_llama
 from conftest import ROOT
 
 import game as players
@@ -169,6 +170,21 @@ def test_that_comparison_sees_an_average_in_place_of_a_sum_and_each_ranks_own_co
         setattr(ranks if name == "add_up" else train, name, broken)
     (ours,) = gradients(2, [5], spoil)
     assert far(ours, gradient_of_a_round(5)) > 0.1
+
+
+def test_a_rank_without_rows_adds_zeros_to_a_rounded_policys_fp32_gradient():
+    def main(number):
+        llama = random_llama("untied")
+        optimizer = MasterAdamW(llama, torch.bfloat16, weight_decay=0.0)
+        if number != 1:
+            (llama.model.norm.weight * (1 + number * 2.0**-8)).sum().backward()
+        ranks.add_up(optimizer.params)
+        # 2 + 2^-7, which bf16 would round to 2
+        assert all(p.grad.dtype == torch.float32 for p in optimizer.params)
+        assert torch.all(llama.model.norm.weight.grad == 2 + 2.0**-7)
+        assert torch.all(llama.model.embed_tokens.weight.grad == 0)
+    said = Path("said.log")
+    assert on_ranks(3, main, said) == [0] * 3, said.read_text()
 
 
 @pytest.mark.parametrize("W", [1, 2, 3, 7])
