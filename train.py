@@ -314,7 +314,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
                 save()
     except runs.RunStopped as error:
         reason = ranks.agreed(error)
-        if not reason.can_save:
+        if not getattr(reason, "can_save", False):
             raise reason from None
         save()
         raise runs.RunStopped(f"{reason}; {run.how_to_go_on()}", reason.code) from None
