@@ -43,11 +43,11 @@ def table(names: list[str], seeds: list[int], results: Path) -> list[str]:
     """README.md's table, a line a setting: the mean, and from least to most over the seeds."""
     start = lines(results / f"{names[0]}-{seeds[0]}" / "eval.jsonl")[0]["accuracy"]
     out = [f"| setting | {' | '.join(HEADS)} |", "|---" * (len(HEADS) + 1) + "|",
-           f"| the base | {' | '.join(f'{start[k]:.3f}' if k in start else '-' for k in HEADS)} |"]
+           f"| the base | {' | '.join(f'{start[k]:.2f}' if k in start else '-' for k in HEADS)} |"]
     for name in names:
         rows = [figures(results / f"{name}-{seed}") for seed in seeds]
         columns = [[row[key] for row in rows] for key in HEADS]
-        cells = [f"{statistics.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in columns]
+        cells = [f"{statistics.mean(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in columns]
         out.append(f"| {name} | {' | '.join(cells)} |")
     return out
 
