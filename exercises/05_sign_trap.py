@@ -8,7 +8,9 @@ With self-reward its reward for query n is -V[n] + V_Q[n], V_Q[n] = mean_g R_Q[n
 is that reward less its mean over the N queries.
 
 R and R_Q are (N, G); return (N,). Afterwards compare with lsp.challenger_advantages, and see what
-the trap does to a whole run: python exercises/break_it.py sign-trap
+the trap does to a whole run:
+
+    python exercises/break_it.py sign-trap --seed 1
 """
 import torch
 

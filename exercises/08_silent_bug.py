@@ -4,8 +4,10 @@ Read first: gradient.py (Row), sample.py (Completion).
 
 The function below runs, its log-probs agree with the sampler's, and training with it looks well.
 One line is wrong. The check tells you a symptom; find the cause and mend it. It is a bug that
-public code has shipped. What it does to a whole run: python exercises/break_it.py no-stop-token
-Afterwards compare with gradient.completion_logp.
+public code has shipped. Afterwards compare with gradient.completion_logp. What the bug does to a
+whole run:
+
+    python exercises/break_it.py no-stop-token --seed 1
 """
 import torch
 

@@ -11,12 +11,17 @@ Write one of these or, better, one of your own: the advantages of N queries, (N,
 which is 0 or 5 in this world, and R_Q (N, G), 0..7. The check looks at six queries, then plays
 train.py --algo lsp with your function in place of lsp.challenger_advantages, which passes too.
 
-Then compare: the three above, three seeds each, are in bench/results/break_it (python
-exercises/break_it.py table); python exercises/break_it.py spice --seed 1 plays one of them.
+Then compare with the three above, played without any judge; their runs are kept:
+
+    python exercises/break_it.py table
+    python exercises/break_it.py spice --seed 1
+
 And reopen the hole: a world whose judge takes "What is 52 + 4?" for well-formed, though nothing
 asks the Solver for such sums and R is 0 for them (8 minutes):
+
     python tiny/build.py --seed 1 --open-hole --out HOLE
     python train.py --model HOLE --seed 1
+
 Which rewards survive it, and why does LSP not? (Put "--model", "HOLE" into FLAGS and grade again.)
 """
 import torch

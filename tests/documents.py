@@ -1,9 +1,11 @@
-"""The commands that README.md, COURSE.md, bench/README.md and the exercises give, and how a test runs
-each of them: for real in a folder of its own, or, where it needs a hub, a GPU or hours, by looking
-its flags up in its script's --help."""
+"""The commands that README.md, COURSE.md, bench/README.md and the exercises give, and how a test
+runs each of them: for real in a folder of its own, or, where it needs a hub, a GPU or hours, by
+looking its flags up in its script's --help."""
+import ast
 import contextlib
 import glob
 import io
+import json
 import os
 import re
 import runpy
@@ -17,7 +19,7 @@ from conftest import ROOT
 
 DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "COURSE.md",
                                                          "bench/README.md")}
-EXERCISES = {f"exercises/{file.name}": file.read_text() for file in
+EXERCISES = {f"exercises/{file.name}": ast.get_docstring(ast.parse(file.read_text())) for file in
              sorted((ROOT / "exercises").glob("*.py"))}
 
 # What cannot be run here, and why; first match. Its flags are looked up instead.
@@ -59,7 +61,7 @@ def script_of(command: str) -> tuple[str, list[str]]:
     """train.py and its arguments, also behind torchrun's."""
     words = shlex.split(command)
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    return words[at], words[at + 1:]
+    return words[at].replace("../", ""), words[at + 1:]
 
 
 def folder_of(place: Path):
@@ -112,11 +114,11 @@ for key in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         runpy.run_path(sys.argv[0], run_name="__main__")
     out[key] = said.getvalue()
-    for name in [n for n, m in sys.modules.items() if "/bench/" in (getattr(m, "__file__", "") or "")]:
-        del sys.modules[name]
+    for name, module in list(sys.modules.items()):
+        if "/bench/" in (getattr(module, "__file__", None) or ""):
+            del sys.modules[name]                   # bench/memory.py is not the product's memory.py
 print(json.dumps(out))
 """
-    import json
     done = subprocess.run([sys.executable, "-c", program, json.dumps(scripts)], cwd=ROOT,
                           capture_output=True, text=True, env=os.environ | {"COLUMNS": "1000"})
     assert done.returncode == 0, done.stderr
