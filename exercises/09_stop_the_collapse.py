@@ -13,9 +13,11 @@ flags beside --seed 1, such as ["--algo", "lsp-zero", "--kl", "k3"]:
     by_self_reward    asking badly costs the Challenger something
 
 The check plays each of them, about a minute apiece, and wants at most 30 % of malformed queries at
-the end and carry accuracy above 70 %. Then say of each what it cost: print the classes of the
-queries (eval.jsonl, "challenger") beside those at step 0. Does the Challenger still look for what
-the Solver cannot do?
+the end; by alpha and by self-reward also carry accuracy above 70 %. Alpha has to be far smaller
+than you would think (AdamW divides by the gradient's size: once the Solver has little left to
+learn, what the Challenger adds moves the weights, however small it is). Then say of each way what it
+cost: compare the classes of the queries (eval.jsonl, "challenger") with those at step 0. Does the
+Challenger still look for what the Solver cannot do?
 """
 from short_game import play
 
@@ -47,9 +49,10 @@ def check(by_alpha=by_alpha, by_beta=by_beta, by_self_reward=by_self_reward, pla
             f"{way}: {asked['malformed']:.0%} of the queries are malformed at the end: the game is "
             "still over, " + ("V_Q has to reach the Challenger" if way == "by_self_reward"
                               else f"go further with {flags}"))
-        assert carry > 0.7, (
+        assert carry > 0.7 or way == "by_beta", (
             f"{way}: the queries are sound and carry accuracy ends at {carry:.2f}: this holds the "
             "Solver back as well, go less far")
         hard = asked["unit"] + asked["tens"] + asked["both"]
         found.append(f"{way}: carry accuracy {carry:.2f}, {hard:.2f} of the queries carry")
-    return "; ".join(found) + " (at step 0: .02 and .19). Which Challenger still teaches?"
+    return "; ".join(found) + (" (at step 0: .02 and .19). Which Challenger still teaches, and "
+                               "whom does beta hold back?")

@@ -30,6 +30,7 @@ import plot  # noqa: E402
 import runs  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from files import InputError  # noqa: E402
 from memory import MasterAdamW  # noqa: E402
 
 # ------------------------------------------- the faults: each returns flags of train.py
@@ -192,6 +193,8 @@ def table(seeds: list[int], figure: str | None):
     if not figure:
         return
     plt = plot.pyplot()
+    if not there:
+        raise InputError(f"--figure: no runs of seeds {seeds} in {KEPT}")
     picture, axes = plt.subplots(3, -(-len(there) // 3), figsize=(13, 9), sharex=True, sharey=True)
     curves = {"held-out carry accuracy": ("accuracy", "carry"),
               "held-out no-carry accuracy": ("accuracy", "none"),
@@ -220,7 +223,7 @@ def main():
     args, flags = parser.parse_known_args()
     if args.what in FAULTS:
         sys.argv = ["train.py", *FAULTS[args.what](), *flags]
-        runs.run_script(train.main)
+        train.main()
     elif flags:
         parser.error(f"{flags[0]} is for one fault")
     elif args.what == "faults":
@@ -235,4 +238,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runs.run_script(main)

@@ -29,17 +29,18 @@ def last_line(folder):
 
 
 def stored(*flags, seed=1):
-    """What exercises.short_game.play returns, from runs that are kept."""
-    zero = flags[1:2] == ("lsp-zero",)
-    return last_line("tiny/lsp-zero-1001" if zero and len(flags) == 2 else "tiny/lsp-1001")
+    """What short_game.play returns, from runs that are kept: real answers to exercise 9."""
+    kept = (ROOT / "bench/results/stop_the_collapse.jsonl").read_text().splitlines()
+    runs = {tuple(run["flags"]): run for run in map(json.loads, kept)}
+    return runs.get(flags) or last_line("tiny/lsp-1001")
 
 
-SELF_REWARD = [lambda: ["--algo", "lsp-zero", "--alpha-ch", "0.1"],
-               lambda: ["--algo", "lsp-zero", "--beta", "1"], lambda: []]
+ZERO = ["--algo", "lsp-zero"]
+WAYS = [lambda: [*ZERO, "--alpha-ch", "0.003"], lambda: [*ZERO, "--beta", "2"], lambda: []]
 SOLUTIONS = {
     1: [cache.Cache.write], 2: [lsp.solver_advantages], 3: [lsp.policy_loss], 4: [lsp.kl_estimate],
     5: [lsp.challenger_advantages], 6: [rewards.parse_self_reward], 7: [model.Llama.log_probs],
-    8: [gradient.completion_logp], 9: [*SELF_REWARD, stored],
+    8: [gradient.completion_logp], 9: [*WAYS, stored],
     10: [lsp.challenger_advantages, stored],
 }
 
@@ -203,11 +204,13 @@ def test_a_mistake_of_the_language_is_told_with_its_line(tmp_path):
 
 def test_an_answer_that_does_not_stop_the_collapse_is_told_so():
     still = lambda *flags, seed=1: last_line("tiny/lsp-zero-1001")
-    verdict, words = grade(9, *SELF_REWARD, still)
+    verdict, words = grade(9, *WAYS, still)
     assert verdict == "wrong" and "by_alpha: 99% of the queries are malformed" in words
+    too_little = lambda: [*ZERO, "--alpha-ch", "0.05"]
+    assert "by_alpha: 99% of the queries" in grade(9, too_little, *WAYS[1:], stored)[1]
     held = lambda *flags, seed=1: last_line("tiny/lsp-1001") | {"accuracy": {"carry": 0.1}}
-    assert "this holds the Solver back as well" in grade(9, *SELF_REWARD, held)[1]
-    assert "--algo lsp-zero" in grade(9, lambda: ["--algo", "lsp"], *SELF_REWARD[1:], stored)[1]
+    assert "this holds the Solver back as well" in grade(9, *WAYS, held)[1]
+    assert "--algo lsp-zero" in grade(9, lambda: ["--algo", "lsp"], *WAYS[1:], stored)[1]
     verdict, words = grade(10, lsp.challenger_advantages, still)
     assert verdict == "wrong" and "nonsense pays" in words
     assert lsp.challenger_advantages.__module__ == "lsp"           # put back after the game
