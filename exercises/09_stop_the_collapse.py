@@ -15,9 +15,9 @@ flags beside --seed 1, such as ["--algo", "lsp-zero", "--kl", "k3"]:
 The check plays each of them, about a minute apiece, and wants at most 30 % of malformed queries at
 the end; by alpha and by self-reward also carry accuracy above 70 %. Alpha has to be far smaller
 than you would think (AdamW divides by the gradient's size: once the Solver has little left to
-learn, what the Challenger adds moves the weights, however small it is). Then say of each way what it
-cost: compare the classes of the queries (eval.jsonl, "challenger") with those at step 0. Does the
-Challenger still look for what the Solver cannot do?
+learn, what the Challenger adds moves the weights, however small it is). Then say of each way what
+it cost: compare the classes of the queries (eval.jsonl, "challenger") with those at step 0. Does
+the Challenger still look for what the Solver cannot do?
 """
 from short_game import play
 

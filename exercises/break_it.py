@@ -174,12 +174,15 @@ def run_and_keep(fault: str, seed: int):
 
 def row(fault: str, seeds: list[int]) -> str:
     """A fault's line of the table: carry accuracy of every seed, ranges of the others."""
-    evals = [lines(KEPT / f"{fault}-{seed}/eval.jsonl") for seed in seeds]
-    metrics = [lines(KEPT / f"{fault}-{seed}/metrics.jsonl") for seed in seeds]
+    folders = {seed: KEPT / f"{fault}-{seed}" for seed in seeds}
+    there = {seed: folder for seed, folder in folders.items() if folder.exists()}
+    evals = {seed: lines(folder / "eval.jsonl") for seed, folder in there.items()}
+    metrics = [lines(folder / "metrics.jsonl") for folder in there.values()]
     between = lambda values, form: f"{min(values):{form}} to {max(values):{form}}"
-    cells = [f"{e[-1]['accuracy']['carry']:.3f}" for e in evals]
-    cells += [between([e[-1]["accuracy"]["none"] for e in evals], ".3f"),
-              between([e[-1]["challenger"]["malformed"] for e in evals], ".3f"),
+    cells = [f"{evals[seed][-1]['accuracy']['carry']:.3f}" if seed in evals else "-"
+             for seed in seeds]
+    cells += [between([e[-1]["accuracy"]["none"] for e in evals.values()], ".3f"),
+              between([e[-1]["challenger"]["malformed"] for e in evals.values()], ".3f"),
               between([m[-1]["reward"] for m in metrics], ".2f"),
               between([max(x["logp_gap"] for x in m) for m in metrics], ".0e")]
     return f"| {fault} | {' | '.join(cells)} |"
@@ -187,7 +190,7 @@ def row(fault: str, seeds: list[int]) -> str:
 
 def table(seeds: list[int], figure: str | None):
     heads = ["fault", *map(str, seeds), "no-carry", "malformed", "R", "largest gap"]
-    there = [f for f in FAULTS if all((KEPT / f"{f}-{seed}").exists() for seed in seeds)]
+    there = [f for f in FAULTS if any((KEPT / f"{f}-{seed}").exists() for seed in seeds)]
     print("| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
           *(row(fault, seeds) for fault in there), sep="\n")
     if not figure:
@@ -201,10 +204,12 @@ def table(seeds: list[int], figure: str | None):
               "malformed share of the queries": ("challenger", "malformed")}
     for axis, fault in zip(axes.flat, there):
         for color, (label, keys) in enumerate(curves.items()):
+            axis.plot([], [], color=f"C{color}", label=label)
             for seed in seeds:
-                x, y = plot.series(lines(KEPT / f"{fault}-{seed}/eval.jsonl"), *keys)
-                axis.plot(x, y, color=f"C{color}", linewidth=1.2,
-                          label=label if seed == seeds[0] else None)
+                folder = KEPT / f"{fault}-{seed}"
+                if folder.exists():
+                    x, y = plot.series(lines(folder / "eval.jsonl"), *keys)
+                    axis.plot(x, y, color=f"C{color}", linewidth=1.2)
         axis.set_title(fault, fontsize=10)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8, loc="center left")

@@ -1,13 +1,12 @@
 """README.md, COURSE.md, bench/README.md and the exercises are true: every command runs, in its
 smallest form, or is made of real flags; files, functions, tests, line counts and figures are real.
 
-    python tests/test_readme.py            # brings README.md's line counts up to date
+    python tests/test_readme.py            # brings line counts and the faults' table up to date
 """
 import ast
 import importlib
 import json
 import re
-import statistics
 import subprocess
 import sys
 import tokenize
@@ -265,12 +264,17 @@ def test_the_faults_table_and_what_is_said_about_it_are_the_kept_runs():
         assert break_it.row(fault, [1, 2, 3]) in BENCH, fault
     sound = [lines(break_it.KEPT / f"nothing-{seed}/eval.jsonl")[-1]["accuracy"]["carry"]
              for seed in (1, 2, 3)]
-    text = EXERCISES["exercises/10_own_reward.py"]
-    assert "own reward " + ", ".join(f"{x:.3f}"[1:] for x in sound[:2]) in text
-    assert statistics.mean(sound) > 0.9
+    one, two, three = (f"{x:.3f}"[1:] for x in sound)
+    text = (ROOT / "exercises/10_own_reward.py").read_text()
+    assert f"LSP's own reward {one}, {two} and {three} at seeds 1, 2, 3" in text
 
 
 if __name__ == "__main__":
     def recount(match):
         return match[1] + str(round(code_lines(ROOT / (match[2] or match[3])), -1))
     (ROOT / "README.md").write_text(COUNT.sub(recount, README))
+    sys.path.append(str(ROOT / "exercises"))
+    import break_it
+    for name in break_it.FAULTS:
+        BENCH = re.sub(rf"^\| {name} \|.*$", break_it.row(name, [1, 2, 3]), BENCH, flags=re.M)
+    (ROOT / "bench/README.md").write_text(BENCH)
