@@ -227,29 +227,57 @@ class Llama(nn.Module):
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return mask.masked_fill_(~seen, -math.inf).repeat(1, group, 1)[:, None]
 
+    @property
+    def head(self) -> Tensor:
+        """What hidden states are multiplied with for logits, (V, D)."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), fp32."""
-        weight = (self.model.embed_tokens.weight if self.config.tie_word_embeddings
-                  else self.lm_head.weight)
-        return wide(product(hidden, weight))
+        return wide(product(hidden, self.head))
 
     def log_probs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
         """log softmax(logits / temperature) at the targets:
-        (M, D), (M,) -> (M,) fp32, a chunk at a time.
-
-        The (M, V) logits of a step would be gigabytes (64 answers of 512 tokens, V 128,256: 16.8 GB
-        in fp32). Each chunk's are made, reduced to one number a token and dropped; the backward
-        pass makes them again. Same values and gradients as in one piece:
-        test_chunked_log_probs_equal_the_plain_ones.
-        """
-        def piece(h, t):
-            logits = self.logits(h)                                          # (chunk, V)
-            logits = logits if temperature == 1 else logits / temperature
-            return logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1)
-
+        (M, D), (M,) -> (M,) fp32, a chunk at a time."""
         size = LOGITS_PER_CHUNK.get(hidden.device.type, 2**24) // self.config.vocab_size + 1
-        return torch.cat([recomputed(piece, h, t)
-                          for h, t in zip(hidden.split(size), targets.split(size))])
+        return ChunkedLogProbs.apply(hidden, self.head, targets, temperature, size)
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(logits / temperature) at the targets, logits = hidden W^T, (M, D) -> (M,).
+
+    The (M, V) logits of a step would be gigabytes (64 answers of 512 tokens, V 128,256: 16.8 GB in
+    fp32). Here a chunk's are made, reduced to one number a token and dropped; the backward pass
+    makes them again and turns them, in place, into the gradient, which is known:
+    d logp / d logits[v] = ((v == target) - softmax[v]) / temperature. W's is added up in one (V, D)
+    tensor, where autograd would hold another beside it for each chunk (788 MB for Llama-3.2-3B).
+    Same values and gradients as in one piece: test_chunked_log_probs_equal_the_plain_ones.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, size):
+        ctx.temperature, ctx.size = temperature, size
+        logp, totals = [], []
+        for h, t in zip(hidden.split(size), targets.split(size)):
+            logits = wide(product(h, weight)).div_(temperature)              # (chunk, V)
+            totals.append(logits.logsumexp(-1))
+            logp.append(logits.gather(-1, t[:, None])[:, 0] - totals[-1])
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(totals))
+        return torch.cat(logp)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, totals = ctx.saved_tensors
+        grad_hidden, grad_weight = [], torch.zeros_like(weight)              # (V, D)
+        for h, t, total, g in zip(*(x.split(ctx.size) for x in (hidden, targets, totals, grad))):
+            p = wide(product(h, weight)).div_(ctx.temperature)               # (chunk, V)
+            p.sub_(total[:, None]).exp_()
+            p[torch.arange(len(t), device=t.device), t] -= 1
+            by_logits = p.mul_(-g[:, None] / ctx.temperature).to(h.dtype)
+            grad_hidden.append(by_logits @ weight)
+            grad_weight.addmm_(by_logits.t(), h)
+        return torch.cat(grad_hidden), grad_weight, None, None, None
 
 
 # ---------------------------------------------------------------- files
