@@ -1,6 +1,6 @@
-"""The commands that README.md, COURSE.md, bench/README.md and the exercises give, and how a test
-runs each of them: for real in a folder of its own, or, where it needs a hub, a GPU or hours, by
-looking its flags up in its script's --help."""
+"""The commands that README.md, the other pages and the exercises give, and how a test runs each of
+them: for real in a folder of its own, or, where it needs a hub, a GPU or hours, by looking its
+flags up in its script's --help."""
 import ast
 import contextlib
 import glob
@@ -17,17 +17,18 @@ from pathlib import Path
 
 from conftest import ROOT
 
-DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "COURSE.md",
-                                                         "bench/README.md")}
+DOCUMENTS = {name: (ROOT / name).read_text()
+             for name in ("README.md", "COURSE.md", "RLPT.md", "bench/README.md")}
 EXERCISES = {f"exercises/{file.name}": ast.get_docstring(ast.parse(file.read_text())) for file in
              sorted((ROOT / "exercises").glob("*.py"))}
 
-# What cannot be run here, and why; first match. Its flags are looked up instead.
+# What cannot be run here, and why; first match. Its flags are looked up instead. A --dry-run can.
 CANNOT = {
     r"break_it\.py [a-z0-9-]+ --seed \d": "a fault each: tests/test_break_it.py",
     r"llama-3|smollm|skywork": "models of the hub",
     r"torchrun|--gpu|bench/gpu": "GPUs or several processes",
     r"prompts \S+\.json|annotations|python grade\.py|HOST": "files that the reader has to bring",
+    r"--text (books/|a\.txt|FILE)|--model DIR": "a corpus or a model of the reader's own",
     r"runs/(lsp|grpo|A)\S*/|results/(base|lsp)|\$run": "runs of real models",
     r"bench/\w+\.py|tiny/build\w*\.py|break_it\.py all": "minutes or hours",
     r"--out \.\./": "writes over a kept result",
@@ -51,6 +52,8 @@ def commands(text: str) -> list[str]:
 
 def why_not(command: str) -> str | None:
     """Why a command is not run here; None: it is."""
+    if "--dry-run" in command:
+        return None
     return next((why for pattern, why in CANNOT.items() if re.search(pattern, command)), None)
 
 

@@ -1,5 +1,5 @@
-"""README.md, COURSE.md, bench/README.md and the exercises are true: every command runs, in its
-smallest form, or is made of real flags; files, functions, tests, line counts and figures are real.
+"""README.md, the other pages and the exercises are true: every command runs, in its smallest form,
+or is made of real flags; files, functions, tests, line counts and figures are real.
 
     python tests/test_readme.py            # brings line counts and the faults' table up to date
 """
@@ -55,7 +55,8 @@ def test_the_command_runs(place, monkeypatch, command):
     monkeypatch.chdir(place)
     code, said = run(command)
     # The exercises are not solved in the repository: their grader says so, and exits with 1.
-    assert code == (1 if re.search(r"exercises/grade\.py \d", command) else 0), said
+    wanted = [1] if re.search(r"exercises/grade\.py \d", command) else [0]
+    assert code in wanted + [3] * ("--dry-run" in command), said             # 3: it does not fit
 
 
 def test_flags_of_commands_that_cannot_be_run_here_are_real():
