@@ -84,8 +84,8 @@ PREFILL_TOKENS = 8192        # in one pass: its activations stay small beside th
 
 @torch.inference_mode()
 def prefill(model, prompts: list, which: Tensor, size: int) -> tuple[Tensor, Cache]:
-    """Run P ragged prompts for B rows, row b beginning with prompt which[b]: the logits after each
-    row's prompt (B, V), and a cache for rows of `size` tokens.
+    """Run P ragged prompts for B rows, row b beginning with prompt which[b] (on the host): the
+    logits after each row's prompt (B, V), and a cache for rows of `size` tokens.
 
     Every prompt is run once, a few thousand tokens at a time; what all of them begin with, such as
     the judge's instructions, only once at all. Below some 32 tokens a pass of its own costs more
@@ -112,8 +112,8 @@ def prefill(model, prompts: list, which: Tensor, size: int) -> tuple[Tensor, Cac
         part.lengths = common + lengths
         logits.append(model.logits(hidden[every, lengths - 1]))              # (p, V)
         rows = ((first <= which) & (which < first + count)).nonzero()[:, 0]
-        cache.fill(rows, part, which[rows] - first)
-    return torch.cat(logits)[which], cache
+        cache.fill(rows.to(every.device), part, (which[rows] - first).to(every.device))
+    return torch.cat(logits)[which.to(every.device)], cache
 
 
 class Prompts:

@@ -19,6 +19,9 @@ NAMES = {
     "skywork-v2-1b": "Skywork/Skywork-Reward-V2-Llama-3.2-1B",
     "skywork-v2-3b": "Skywork/Skywork-Reward-V2-Llama-3.2-3B",
 }
+# What a model's directory may bring in a language of its own; its checkpoints carry them.
+PROMPTS = tuple(f"prompts/{name}.txt" for name in (
+    "challenger", "self_reward", "asr", "msr", "verdict", "verdict_strict"))
 SMALL = 64 * 2**20      # bytes: the largest tokenizer.json are about 35 million
 
 
@@ -76,13 +79,16 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, *, weights: bool = True) -> Path:
     """A directory as it is; a known name or a hub id (owner/name) fetched from the hub,
     or from its local cache.
 
-    Only configuration, tokenizer, the two prompts and *.safetensors are fetched.
-    InputError: gated, no network, unknown.
+    Only configuration, tokenizer, prompts and *.safetensors are fetched; weights=False:
+    config.json, preset and prompts alone, for what a budget needs, and not even these where
+    shapes/ knows the name. InputError: gated, no network, unknown.
     """
+    if not weights and name in NAMES and (HERE / "shapes" / name).is_dir():
+        return HERE / "shapes" / name
     name = NAMES.get(name, name)
     if os.path.isdir(name):
         return Path(name)
@@ -92,9 +98,10 @@ def find_model(name: str) -> Path:
                          "or a hub id owner/name")
     try:
         # Their * also matches a slash; of the folders, only prompts/ is wanted.
-        kinds = ["*.safetensors", "*.json", "*.jinja"]
+        kinds = (["*.safetensors", "*.json", "*.jinja"] if weights
+                 else ["config.json", "training.json"])
         return Path(snapshot_download(
-            repo, allow_patterns=[*kinds, "prompts/challenger.txt", "prompts/self_reward.txt"],
+            repo, allow_patterns=[*kinds, *PROMPTS],
             ignore_patterns=["*/" + kind for kind in kinds]))
     except errors.GatedRepoError:
         raise InputError(f"model {repo} is gated: accept its licence at "
@@ -133,11 +140,15 @@ def prompt_file(model_path: Path, name: str) -> Path:
 def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
     """The device of that name (auto: cuda, then mps, then cpu) and the dtype to compute in there.
 
-    bfloat16 on CUDA; fp32 elsewhere: most CPUs multiply bfloat16 several times slower than fp32.
+    bfloat16 on CUDA; fp32 elsewhere: most CPUs multiply bfloat16 several times slower than fp32,
+    and GPUs before Ampere (V100, T4, 20x0) have no units for it. Those could multiply fp16, but its
+    largest number is 65,504, which a Llama's residual stream and its gradients leave without loss
+    scaling, which we do not do: fp32 there is slower and right.
     """
     available = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(d for d in available if available[d]) if name == "auto" else name
     if not available[name]:
         raise InputError(f"--device {name}: PyTorch finds none here")
-    return torch.device(name), torch.bfloat16 if name == "cuda" else torch.float32
+    rounded = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device(name), torch.bfloat16 if rounded else torch.float32

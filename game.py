@@ -10,12 +10,15 @@ from types import ModuleType
 import torch
 
 import rewards
+import rlpt
 from chat import Tokenizer, fill
 from data import check_data, opening, read_data
-from files import InputError, find_model, pick_device, read_prompt
+from files import InputError, find_model, pick_device, prompt_file, read_prompt
+from memory import Stage, rest
 from model import Llama, load_model, read_config
 from phases import Phases
 from settings import Settings
+from texts import Texts
 from tiny import world as tiny_world
 
 
@@ -33,9 +36,16 @@ class Game:
     challenger_prompt: list[int] | None = None    # <cp> as token ids; None with grpo
     data: list = ()                        # grpo: (query, gold); else empty
     held_out: list = ()                    # those of --eval-prompts
+    texts: Texts | None = None             # rlpt: what episodes are made of
+    episode_prompts: dict = field(default_factory=dict)    # "asr", "msr": with {context}, {next}
     world: ModuleType | None = None        # the embedded world, where it is played
-    sources: dict[str, Path] = field(default_factory=dict)       # what was read, by flag
+    sources: dict[str, Path | Texts] = field(default_factory=dict)     # what was read, by flag
     phase: Phases = field(default_factory=Phases)
+
+    @property
+    def scorer(self) -> Llama | None:
+        """The reward's model, where it has one."""
+        return getattr(self.reward, "model", None)
 
 
 def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
@@ -46,10 +56,15 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     device, dtype = pick_device(s.device)
     if s.reward == "tiny" and device.type == "cpu":
         torch.set_num_threads(1)           # matrices this small: threads would wait for each other
-    load = lambda path, dtype=dtype: load_model(path, device=device, dtype=dtype)
+    if s.gpu_memory and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, s.gpu_memory * 1e9 / whole), device)
+    home = torch.device("cpu") if s.offload else device          # where models rest
+    load = lambda path, dtype=dtype: load_model(path, device=home, dtype=dtype)
     start = find_model(s.model)
     reference_path = find_model(s.reference) if s.reference else start
     judge_path = find_model(s.judge) if s.judge else reference_path
+    judged = rewards.SELF_REWARD if s.self_reward else rewards.VERDICT if s.verdict else None
     world = tiny_world if s.reward == "tiny" else None
     data, held_out, gold = [], [], s.reward in rewards.NEED_GOLD
     if s.algo == "grpo" and world and s.prompts in world.MIXES:
@@ -68,7 +83,9 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     for flag in ("prompts", "eval_prompts"):
         if getattr(s, flag) and not (world and getattr(s, flag) in world.MIXES):
             game.sources["--" + flag.replace("_", "-")] = Path(getattr(s, flag))
-    if s.algo != "grpo":
+    if s.algo == "rlpt":
+        rlpt.open_texts(game, start, context)
+    elif s.algo != "grpo":
         game.sources["--challenger-prompt"] = Path(s.challenger_prompt)
         given = [name for name in ("task", "template") if getattr(s, name) != "None"]
         prompt = fill(read_prompt(s.challenger_prompt, given), task=s.task, template=s.template)
@@ -76,23 +93,31 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
                                          context)
         opening(tokenizer, "--query-tokens and --answer-tokens", "",
                 s.query_tokens + s.answer_tokens, context)
-    if s.self_reward:
-        game.sources |= {"--self-reward-prompt": Path(s.self_reward_prompt), "--judge": judge_path}
+    if judged:
+        prompt_path = Path(s.self_reward_prompt) if s.self_reward else prompt_file(
+            judge_path, "verdict_strict" if s.strict else "verdict")
+        flag = "--self-reward-prompt" if s.self_reward else "the judge's prompt"
+        game.sources |= {flag: prompt_path, "--judge": judge_path}
         game.judge_tokenizer = tokenizer if judge_path == start else Tokenizer(judge_path)
-        game.judge_prompt = read_prompt(s.self_reward_prompt, ("instruction", "response"))
-        opening(game.judge_tokenizer, s.self_reward_prompt,
-                fill(game.judge_prompt, instruction="", response=""), s.judge_tokens,
+        game.judge_prompt = read_prompt(prompt_path, judged.places)
+        opening(game.judge_tokenizer, prompt_path,
+                fill(game.judge_prompt, **dict.fromkeys(judged.places, "")), s.judge_tokens,
                 read_config(judge_path).max_position_embeddings)
-    if not game.reward:
+    if not game.reward and s.algo != "rlpt":
         game.sources["--reward"] = find_model(s.reward)
-        game.reward = rewards.RewardModel(game.sources["--reward"], device=device, dtype=dtype,
+        game.reward = rewards.RewardModel(game.sources["--reward"], device=home, dtype=dtype,
                                           batch_tokens=min(16384, s.batch_tokens))
-    shared = s.self_reward and judge_path == reference_path
+    shared = judged and judge_path == reference_path
     game.reference = load(reference_path) if s.beta or shared else None
     if game.reference:
         game.sources["--reference"] = reference_path
-    if s.self_reward:
+    if judged:
         game.judge = game.reference if shared else load(judge_path)
+    if s.algo == "rlpt":
+        game.reward = rlpt.Verdict(
+            game.judge, game.judge_tokenizer, game.judge_prompt, reading=s.verdict,
+            temperature=s.judge_temperature, max_new_tokens=s.judge_tokens,
+            batch_tokens=s.batch_tokens, min_prediction=s.min_prediction, least=s.min_segment)
     # In its masters' precision; MasterAdamW makes it bf16.
     game.policy = load(checkpoint or start, torch.float32)
     game.policy.checkpointing = s.checkpointing
@@ -102,4 +127,8 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
             raise InputError(f"the {flag} is a reward model, which cannot write")
     if s.beta and game.reference.config.vocab_size != game.policy.config.vocab_size:
         raise InputError(f"--reference {s.reference}: another vocabulary than the policy's")
+    if s.offload:
+        game.phase.stage = Stage(device, dtype)
+        for model in {game.scorer, game.reference, game.judge} - {None}:
+            rest(model)                        # the policy: MasterAdamW
     return game

@@ -1,6 +1,8 @@
 """From completions and advantages to the policy's gradient: rows, micro-batches, log-probs.
 
-    sums = accumulate(game, [Row(prompt, completion, advantage), ...], weight)    # Eq. 4 or Eq. 5
+    rows = [Row(prompt, completion, advantage), ...]
+    refer(game, rows)                                  # log-probs under the reference, for the KL
+    sums = accumulate(game, rows, weight)              # Eq. 4 or Eq. 5
 
 What train.py's update() calls twice, once for the Solver's rows and once for the Challenger's.
 Shapes: B rows of a micro-batch, T tokens of its longest completion, M of all completions, D hidden
@@ -8,6 +10,7 @@ size.
 """
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +31,18 @@ class Row:
     completion: Completion
     advantage: float         # the sum over its copies
     copies: int = 1
+    ref_logp: list[float] | None = None      # one a token, from refer()
+
+    @property
+    def text(self) -> tuple:
+        return tuple(self.prompt), tuple(self.completion.tokens)
 
 
 def merge(rows: list[Row]) -> list[Row]:
     """Equal rows as one, with their number and summed advantage: the same gradient, once."""
     merged = {}
     for row in rows:
-        first = merged.setdefault((tuple(row.prompt), tuple(row.completion.tokens)),
-                                  Row(row.prompt, row.completion, 0.0, 0))
+        first = merged.setdefault(row.text, Row(row.prompt, row.completion, 0.0, 0, row.ref_logp))
         first.advantage += row.advantage
         first.copies += row.copies
     return list(merged.values())
@@ -48,10 +55,14 @@ def completion_logp(model: Llama, rows: list[Row], temperature: float) -> tuple[
     # The last token, a stop token or where the limit cut, predicts nothing that is asked for.
     rests = [row.completion.tokens[:-1] for row in rows]
     hidden = shared_forward(model, prompts, which, rests)                                # (B, T, D)
-    tokens, lengths = pad([row.completion.tokens for row in rows], hidden.device)          # (B, T)
-    mask = torch.arange(tokens.shape[1], device=hidden.device) < lengths[:, None]          # (B, T)
-    logp = model.log_probs(hidden[mask], tokens[mask], temperature=temperature)            # (M,)
-    return logp.new_zeros(mask.shape).masked_scatter(mask, logp), mask
+    tokens, lengths = pad([row.completion.tokens for row in rows], "cpu")                  # (B, T)
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]                                # (B, T)
+    # Chosen by number, and counted on the host: a mask on the GPU would have to be waited for.
+    at = mask.flatten().nonzero()[:, 0].to(hidden.device)                                  # (M,)
+    logp = model.log_probs(hidden.flatten(0, 1)[at], tokens[mask].to(hidden.device),
+                           temperature=temperature)                                        # (M,)
+    padded = logp.new_zeros(mask.numel()).scatter(0, at, logp).view(mask.shape)            # (B, T)
+    return padded, mask.to(hidden.device)
 
 
 def room(rows: list[Row]) -> int:
@@ -61,23 +72,45 @@ def room(rows: list[Row]) -> int:
             + len(rows) * max(len(row.completion.tokens) for row in rows))
 
 
+def micro_batches(rows: list[Row], tokens: int) -> Iterator[list[Row]]:
+    """The rows, equal ones merged, in passes of so many padded tokens. Completions of like length
+    go together, for little padding; those of one prompt stay neighbours and share it."""
+    waiting = sorted(merge(rows), key=lambda row: len(row.completion.tokens))
+    while waiting:
+        yield take_batch(waiting, room, tokens)
+
+
+@torch.no_grad()
+def refer(game: Game, rows: list[Row]):
+    """Note in each row its completion's log-probs under the reference.
+
+    A pass of its own before the update's, so that the reference need not be on the GPU with the
+    gradients; in the same micro-batches, so that rounding is the same too and the KL of a policy
+    that has not moved is 0.
+    """
+    known = {}
+    for batch in micro_batches(rows, game.settings.micro_batch_tokens):
+        logp, _ = completion_logp(game.reference, batch, game.settings.temperature)        # (B, T)
+        known |= {row.text: line[:len(row.completion.tokens)]
+                  for row, line in zip(batch, logp.tolist())}
+    for row in rows:
+        row.ref_logp = known[row.text]
+
+
 def accumulate(game: Game, rows: list[Row], weight: float) -> Counter:
     """Add the gradient of weight * (Eq. 4 or 5) over these rows to the policy's; return sums.
 
-    The loss is normalised by the number of all rows before it is cut into micro-batches, so that
-    their size changes nothing (test_micro_batch_size_changes_no_gradient). Completions of like
-    length go together, for little padding; those of one prompt stay neighbours and share it.
+    With beta above 0, refer() has been here before. The loss is normalised by the number of all
+    rows before it is cut into micro-batches, so that their size changes nothing
+    (test_micro_batch_size_changes_no_gradient).
     """
     s, sums = game.settings, Counter()
     count = len(rows)
-    waiting = sorted(merge(rows), key=lambda row: len(row.completion.tokens))
-    while waiting:
-        batch = take_batch(waiting, room, s.micro_batch_tokens)
+    for batch in micro_batches(rows, s.micro_batch_tokens):
         logp, mask = completion_logp(game.policy, batch, s.temperature)                    # (B, T)
         ref_logp = None
         if s.beta:
-            with torch.no_grad():
-                ref_logp, _ = completion_logp(game.reference, batch, s.temperature)        # (B, T)
+            ref_logp, _ = pad([row.ref_logp for row in batch], logp.device, logp.dtype)    # (B, T)
         advantages = logp.new_tensor([row.advantage for row in batch])                     # (B,)
         copies = logp.new_tensor([row.copies for row in batch])                            # (B,)
         if s.mask_truncated:
@@ -89,8 +122,9 @@ def accumulate(game: Game, rows: list[Row], weight: float) -> Counter:
         (weight * loss).backward()
         sampled, _ = pad([row.completion.logp for row in batch], logp.device, logp.dtype)  # (B, T)
         gap = ((logp.detach() - sampled).abs() * mask * copies[:, None]).sum()
-        sums.update({k: v.item() for k, v in statistics.items()} | {
-            "gap": gap.item(), "loss": loss.item()})
+        statistics |= {"gap": gap, "loss": loss.detach()}
+        values = torch.stack(list(statistics.values())).tolist()       # a GPU is waited for once
+        sums.update(dict(zip(statistics, values)))
     return sums
 
 

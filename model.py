@@ -26,13 +26,12 @@ from cache import Cache, Continuation, Prompts
 # A checkpoint is weights and tokenizer: one room opens both.
 from chat import Tokenizer  # noqa: F401
 from config import Config, parse_config
-from files import InputError, inside, read_json
+from files import PROMPTS, InputError, inside, read_json
 
 # What save_model carries over from the source directory,
 # so that a checkpoint is complete by itself.
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-           "chat_template.jinja", "generation_config.json", "training.json",
-           "prompts/challenger.txt", "prompts/self_reward.txt")
+           "chat_template.jinja", "generation_config.json", "training.json", *PROMPTS)
 # Logits that log_probs holds at once. 67 MB in fp32 are quicker than more on a CPU; a GPU reads the
 # whole head for each chunk, so that few large ones (268 MB) suit it.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**26}
@@ -221,11 +220,17 @@ class Llama(nn.Module):
         """Attention's mask, made once for all layers: 0 where a token sees a key, else -inf.
 
         The H/K query heads of a key head come one after another: (B, T, S) -> (B, 1, H/K * T, S).
+        With an explicit mask flash attention is off; the memory-efficient kernel takes one of the
+        queries' dtype whose rows begin at multiples of 16, and copies any other in every layer:
+        hence rows of a rounded width (test_the_mask_is_as_the_memory_efficient_kernel_wants_it).
         """
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         dtype = self.model.embed_tokens.weight.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill_(~seen, -math.inf).repeat(1, group, 1)[:, None]
+        B, T, S = seen.shape
+        mask = torch.zeros(B, group, T, -(-S // 16) * 16, dtype=dtype, device=seen.device)
+        mask = mask.flatten(1, 2)[..., :S]                                   # (B, H/K * T, S)
+        mask.view(B, group, T, S).masked_fill_(~seen[:, None], -math.inf)
+        return mask[:, None]
 
     @property
     def head(self) -> Tensor:

@@ -1,12 +1,15 @@
 """What a reader may skip: the phases of a step, and what can end one.
 
-Signals are heeded between phases, and out of memory is told by the phase's name.
+Signals are heeded between phases, and out of memory is told by the phase's name. Each phase has
+its seconds, and the most memory that stood in it.
 """
 import os
+import re
 import signal
 import time
 import traceback
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -51,6 +54,7 @@ class StopRequest:
 # resumed with fewer; the token limits are another run's.
 SWITCHES = {"challenge": "--batch-tokens or --query-tokens",
             "judge": "--batch-tokens or --judge-tokens",
+            "reference": "--micro-batch-tokens or --answer-tokens",
             "update": "--micro-batch-tokens or --answer-tokens"}
 
 
@@ -61,17 +65,61 @@ def out_of_memory(error: Exception) -> bool:
         word in str(error) for word in words)
 
 
+def resident(field: str) -> int | None:
+    """Bytes of this process in memory: VmRSS, now, or VmHWM, the most since forget_peak(). None
+    where there is no /proc (only Linux has it)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(rf"{field}:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else None
+
+
+def forget_peak():
+    """From here on peak() counts anew. A GPU's tensors are counted by torch, a host's pages by the
+    kernel; where it does not let us reset them, peaks are those of the whole run so far."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def peak(idle: int | None) -> float | None:
+    """GB of tensors at most since forget_peak(): on a GPU, or, beside what the process had when it
+    was idle, on the host. None where nobody counts."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    most = resident("VmHWM")
+    return None if most is None or idle is None else (most - idle) / 1e9
+
+
 class Phases:
-    """Times the phases of a step, names the one that ran out of memory, stops between them."""
+    """Times and weighs the phases of a step, names the one that ran out of memory, stops between
+    them. Made before the models are: what is resident then is idle.
+
+    A phase is told which model works in it; where models are offloaded, `stage` brings it.
+    """
 
     def __init__(self):
-        self.stop, self.seconds = StopRequest(), {}
+        self.stop, self.seconds, self.peak_gb = StopRequest(), {}, {}
+        self.idle = resident("VmRSS")
+        self.stage = None                      # memory.Stage, with --offload
+
+    def call(self, model):
+        """This model works next (None: no model does)."""
+        if self.stage and model:
+            self.stage.call(model)
 
     @contextmanager
-    def __call__(self, name: str):
+    def __call__(self, name: str, model=None):
         self.stop.heed()
+        forget_peak()
         begun = time.perf_counter()
         try:
+            self.call(model)
             yield
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -81,3 +129,4 @@ class Phases:
             raise RunStopped(f"out of memory in phase {name} (lower {lower}): "
                              + (str(error) or "MemoryError").splitlines()[0]) from None
         self.seconds[name] = time.perf_counter() - begun
+        self.peak_gb[name] = peak(self.idle)

@@ -103,8 +103,13 @@ def digest(path: Path, length: int | None = None) -> list[int]:
     return [count, crc]
 
 
-def fingerprint(path: Path) -> int:
-    """One number for the contents of a file, or of a model's directory (not of its folders)."""
+def fingerprint(path) -> int:
+    """One number for the contents of a file, or of a model's directory (not of its folders).
+
+    texts.Texts took its own on the one pass that it makes.
+    """
+    if not isinstance(path, Path):
+        return path.crc
     files = [path] if path.is_file() else sorted(
         file for file in path.iterdir() if file.suffix in (".json", ".jinja", ".safetensors"))
     return zlib.crc32(json.dumps([[file.name, *digest(file)] for file in files]).encode())

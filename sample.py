@@ -116,7 +116,7 @@ def decode(model: Llama, prompts: list[list[int]], *, limits: list[int], seeds: 
     graphs = uses_graphs(device)
     distinct = [p for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]]
     which = torch.tensor([i > 0 and p != prompts[i - 1]
-                          for i, p in enumerate(prompts)]).cumsum(0).to(device)      # (B,)
+                          for i, p in enumerate(prompts)]).cumsum(0)                 # (B,)
     longest = max(map(len, prompts))
     size = longest + max(limits)
     logits, cache = prefill(model, distinct, which, size)                    # (B, V)

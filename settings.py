@@ -8,10 +8,11 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import budget
 import lsp
 import rewards
 from chat import SURROGATE
-from files import NAMES, InputError, find_model, inside, prompt_file, read_json
+from files import NAMES, InputError, find_model, inside, pick_device, prompt_file, read_json
 from tiny.world import MIXES
 
 
@@ -24,13 +25,14 @@ def setting(default, help, least=None, most=10**9, choices=None):
 class Settings:
     """The paper's Table 1 where it speaks; where it is silent, the help says so or why."""
     model: str = setting("tiny", "policy: a known name, a directory, a hub id, a run's checkpoint")
-    algo: str = setting("lsp", "lsp: with self-reward; lsp-zero: without; grpo: on --prompts",
-                        choices=("lsp", "lsp-zero", "grpo"))
+    algo: str = setting("lsp", "lsp: with self-reward; lsp-zero: without; grpo: on --prompts; "
+                        "rlpt: on --text", choices=("lsp", "lsp-zero", "grpo", "rlpt"))
     reward: str = setting("skywork-v2-3b", "R: a reward model's name, directory or hub id; exact "
                           "(last number against the gold answer); tiny (the embedded sums)")
     reward_scale: float = setting(1.0, "R is multiplied by it, to stand beside R_Q's 0..7", 0)
     reference: str | None = setting(None, "frozen model of the KL term (default: the start)")
-    judge: str | None = setting(None, "frozen model of the self-reward (default: the reference)")
+    judge: str | None = setting(None, "frozen model of the self-reward, or of rlpt's verdict "
+                                "(default: the reference)")
     self_reward: str | None = setting(None, "how the judge is read: generate (it writes, we parse; "
                                       "the paper's, and lsp's default) or expected (expectation "
                                       "over the score's token)", choices=rewards.READINGS)
@@ -42,6 +44,21 @@ class Settings:
     prompts: str | None = setting(None, "grpo: JSON list or JSON lines with instruction, question, "
                                   "problem or prompt; in the embedded world easy or balanced")
 
+    text: str | None = setting(None, "rlpt: a .txt file, JSON lines with text, or a folder of such")
+    msr_weight: float = setting(0.5, "rlpt: lambda, MSR tasks for each ASR task (not in the paper)",
+                                0)
+    min_segment: int = setting(10, "rlpt: characters; shorter sentences are dropped (not in the "
+                               "paper)", 1)
+    reference_segments: int = setting(3, "rlpt: sentences that the judge is shown (not in the "
+                                      "paper)", 1, 100)
+    min_prediction: int = setting(1, "rlpt: whole sentences; 0: any beginning, however short, may "
+                                  "earn the reward", 0, 100)
+    verdict: str | None = setting(None, "rlpt: how the judge is read: generate (the paper's, and "
+                                  "the default) or expected (the probability of a 1)",
+                                  choices=rewards.READINGS)
+    strict: bool = setting(False, "rlpt: right is the content of just one sentence (the paper's "
+                           "earlier rule)")
+
     queries: int = setting(8, "N, queries a step", 1, 10**5)
     answers: int = setting(8, "G, answers a query (the paper does not say)", 2, 10**5)
     steps: int = setting(500, "iterations, one gradient step each", 1, 10**7)
@@ -50,7 +67,8 @@ class Settings:
     alpha_ch: float = setting(1.0, "weight of the Challenger's loss (the paper does not say)", 0)
     temperature: float = setting(1.0, "of queries and answers, in sampling and log-probs alike",
                                  0.001, 1000)
-    query_tokens: int = setting(256, "longest query", 1)
+    query_tokens: int = setting(256, "longest query; rlpt: longest prompt, its context loses its "
+                                "beginning to fit", 1)
     answer_tokens: int = setting(512, "longest answer", 1)
     judge_tokens: int = setting(256, "longest judgement", 1)
     mask_truncated: bool = setting(False, "leave cut-off queries and answers out of the loss")
@@ -60,10 +78,16 @@ class Settings:
     warmup: int = setting(0, "steps of linear warm-up", 0)
     weight_decay: float = setting(0.0, "AdamW's", 0)
     grad_clip: float = setting(1.0, "largest gradient norm; 0: any", 0)
-    micro_batch_tokens: int = setting(2048, "padded tokens a pass; changes no gradient", 1)
+    micro_batch_tokens: int = setting(2048, "padded tokens a pass; changes no gradient; on a GPU "
+                                      "as many as fit", 1)
     checkpointing: bool = setting(False, "keep each block's input alone and compute the rest again "
                                   "in the backward pass: a third slower, far less memory")
-    batch_tokens: int = setting(65536, "tokens in the sampler's cache; changes no completion", 1)
+    offload: bool = setting(False, "keep masters and moments in host memory, and on the GPU only "
+                            "the model in use: small cards, slower")
+    batch_tokens: int = setting(65536, "tokens in the sampler's cache; changes no completion; on a "
+                                "GPU as many as fit", 1)
+    gpu_memory: float = setting(0.0, "GB (1e9 bytes) of the GPU that the run may take, or that "
+                                "--dry-run imagines; 0: what is free", 0, 10**6)
 
     eval_prompts: str | None = setting(None, "held-out prompts: reward, win-rate against the start")
     eval_every: int = setting(50, "steps between evaluations", 1)
@@ -77,29 +101,47 @@ class Settings:
     overwrite: bool = setting(False, "delete the run that --out holds, and begin anew")
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     watch: bool = setting(False, "play one round, print it as a transcript, update nothing")
+    dry_run: bool = setting(False, "tell what the run needs of memory, time and disk, from "
+                            "config.json files alone; exit code 3 where it does not fit")
+
+    @property
+    def reading(self) -> str | None:
+        """How the judge of lsp or rlpt is read; None: nobody judges."""
+        return self.self_reward or self.verdict
 
 
-ALGOS = {"lsp": {"self_reward": "generate"}, "lsp-zero": {}, "grpo": {"learning_rate": 1e-6}}
-GPU = {"checkpointing": True, "micro_batch_tokens": 8192}
+ALGOS = {"lsp": {"self_reward": "generate"}, "lsp-zero": {}, "grpo": {"learning_rate": 1e-6},
+         "rlpt": {"learning_rate": 1e-6, "final_lr_share": 1.0, "beta": 0.0, "verdict": "generate",
+                  "query_tokens": 1024, "judge_tokens": 16}}
+GPU = {"checkpointing": True}
 MODELS = {"llama-3.2-1b": {"reward": "skywork-v2-1b"} | GPU, "llama-3.2-3b": GPU}
+CHALLENGED, JUDGED = ("lsp", "lsp-zero"), ("lsp", "rlpt")
 STRANGERS_MAY_SET = ("task", "template", "reward", "mask_truncated", "checkpointing")
 # Flags that name something which only some runs use; given to another run, they are refused.
 # Numbers are not: one command line may serve a sweep over algorithms.
 NEEDS = {
     "a Challenger: --algo lsp or lsp-zero": (
-        lambda s: s.algo != "grpo", ("task", "template", "challenger_prompt")),
-    "a judge: --algo lsp": (lambda s: s.algo == "lsp", ("judge", "self_reward_prompt")),
+        lambda s: s.algo in CHALLENGED, ("task", "template", "challenger_prompt")),
+    "a judge: --algo lsp or rlpt": (lambda s: s.algo in JUDGED, ("judge",)),
+    "a self-reward: --algo lsp": (lambda s: s.algo == "lsp", ("self_reward_prompt",)),
+    "plain text: --algo rlpt": (lambda s: s.algo == "rlpt", ("text", "verdict", "strict")),
+    "queries to answer: another --algo than rlpt": (
+        lambda s: s.algo != "rlpt", ("reward", "eval_prompts")),
     "a KL term, --beta above 0, or a judge": (
-        lambda s: s.beta > 0 or s.algo == "lsp" and not s.judge, ("reference",)),
+        lambda s: s.beta > 0 or s.algo in JUDGED and not s.judge, ("reference",)),
     "a run that trains: no --watch": (lambda s: not s.watch, ("out", "eval_prompts")),
+    "a GPU, or --dry-run": (
+        lambda s: s.dry_run or pick_device(s.device)[0].type == "cuda", ("gpu_memory",)),
 }
 
 # What --resume may be given beside the folder. FREE changes nothing that is learnt; RETUNE is
 # allowed with a warning: --steps moves the decay's end, the others the last bits of sums. Any other
 # setting would make it another run and is refused.
-FREE = ("eval_every", "save_every", "keep", "max_bad_steps")
+FREE = ("eval_every", "save_every", "keep", "max_bad_steps", "offload", "gpu_memory")
 RETUNE = ("steps", "device", "batch_tokens", "micro_batch_tokens", "checkpointing")
-COMMANDS = ("resume", "requeue", "overwrite", "watch", "out")        # not part of what a run is
+COMMANDS = ("resume", "requeue", "overwrite", "watch", "dry_run", "out")     # not what a run is
+# Settings that came later; their defaults are what runs did before, so that older ones go on.
+ADDED = ("offload", "gpu_memory", "dry_run")
 
 
 def resolve(given: dict) -> tuple[Settings, dict]:
@@ -110,22 +152,24 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     named = set(given)                                           # on the command line itself
     if given.get("requeue") and not given.get("out"):
         raise InputError("--requeue needs --out: the folder to go on in, or to begin")
-    commands = [key for key in COMMANDS[:4] if given.get(key)]
+    commands = [key for key in COMMANDS[:5] if given.get(key)]
     if len(commands) > 1 or given.get("resume") and given.get("out"):
-        raise InputError("give one of --resume RUN, --requeue, --overwrite, --watch"
+        raise InputError("give one of --resume RUN, --requeue, --overwrite, --watch, --dry-run"
                          " (--resume goes on in its own folder: no --out)")
     if given.get("requeue") and os.path.exists(Path(given["out"]) / "config.json"):
         given = given | {"resume": given["out"]}
     if given.get("resume"):
         given = continued(Path(given["resume"]), given)
     name = given.get("model", Settings.model)
-    path = find_model(name)
+    path = find_model(name, weights=not given.get("dry_run"))
     preset = MODELS.get(name, {})
     file = inside(path, "training.json")
     if file.exists():
         preset = preset | read_preset(file)
     algo = given.get("algo", preset.get("algo", Settings.algo))
     s = Settings(**ALGOS[algo] | preset | given)
+    if s.algo == "rlpt" and "reward" not in given:      # whatever the model's preset plays for
+        s.reward = "verdict"
     for needs, (met, flags) in NEEDS.items():
         for flag in flags if not met(s) else ():
             if flag in named:
@@ -133,7 +177,7 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     s.challenger_prompt = s.challenger_prompt or str(prompt_file(path, "challenger"))
     s.self_reward_prompt = s.self_reward_prompt or str(prompt_file(path, "self_reward"))
     check(s)
-    return s, preset
+    return budget.sized(s, preset | given), preset
 
 
 def read_preset(file: Path) -> dict:
@@ -165,6 +209,7 @@ def continued(folder: Path, given: dict) -> dict:
     stored = read_json(file)
     stored.pop("sources", None)
     check_types(stored, file)
+    stored = {key: asdict(Settings())[key] for key in ADDED} | stored
     if missing := [f.name for f in fields(Settings) if f.name not in stored]:
         raise InputError(f"{file}: not the settings of a run ({missing[0]} is missing)")
     changed = {key: value for key, value in given.items()
@@ -211,15 +256,22 @@ def check(s: Settings):
     if s.algo == "grpo" and s.prompts in MIXES and s.reward != "tiny":
         raise InputError(f"--prompts {s.prompts} belongs to the embedded world: give a file")
     if s.algo != "grpo" and s.prompts:
-        raise InputError(f"--prompts is for --algo grpo; {s.algo}'s queries are the Challenger's")
-    if s.algo != "grpo" and s.queries < 2:
+        raise InputError(f"--prompts is for --algo grpo; {s.algo}'s queries are "
+                         + ("made of --text" if s.algo == "rlpt" else "the Challenger's"))
+    if s.algo in CHALLENGED and s.queries < 2:
         raise InputError(f"--queries {s.queries}: the Challenger's advantage compares queries: "
                          "at least 2")
-    if s.algo != "grpo" and s.reward in rewards.NEED_GOLD:
+    if s.algo in CHALLENGED and s.reward in rewards.NEED_GOLD:
         raise InputError(f"--reward {s.reward} needs gold answers, which a Challenger's query "
                          "lacks: --algo grpo")
     if s.algo != "lsp" and s.self_reward:
         raise InputError(f"--self-reward is for --algo lsp; {s.algo} has none")
+    if s.algo != "rlpt" and s.verdict:
+        raise InputError(f"--verdict is for --algo rlpt; {s.algo} has none")
+    if s.algo == "rlpt" and not s.text:
+        raise InputError("--algo rlpt learns from plain text: give --text FILE_OR_FOLDER")
+    if s.strict and s.reference_segments != Settings.reference_segments:
+        raise InputError("--strict compares with one sentence: no --reference-segments")
 
 
 def run_name(s: Settings) -> str:

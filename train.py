@@ -1,9 +1,11 @@
-"""Train a Llama by Language Self-Play (arXiv 2509.07414, Algorithm 1), or by GRPO on given prompts.
+"""Train a Llama by Language Self-Play (arXiv 2509.07414, Algorithm 1), or by GRPO on given prompts
+or (RLPT, arXiv 2509.19249; rlpt.py) on plain text.
 
     python train.py                                        # the embedded model, a minute on a CPU
     python train.py --model llama-3.2-3b                   # LSP at the paper's settings, one GPU
     python train.py --model llama-3.2-3b --algo lsp-zero   # the bare zero-sum game
     python train.py --model llama-3.2-3b --algo grpo --prompts alpaca.json
+    python train.py --model llama-3.2-3b --algo rlpt --text books/
     python train.py --model runs/A/checkpoint --algo grpo --prompts alpaca.json    # a second stage
     python train.py --watch                                # one round as a transcript, no update
     python train.py --resume runs/A                        # as if it had never been stopped
@@ -14,6 +16,7 @@ which could never bind, every batch being used once. Shapes: N queries, G answer
 """
 import json
 import math
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -24,6 +27,7 @@ from torch import Tensor
 
 import log
 import lsp
+import report
 import rewards
 import runs
 from chat import fit
@@ -31,10 +35,11 @@ from data import CHALLENGE, JUDGE, SOLVE, draw, generator
 from eval import evaluate, evaluate_world, read_lines
 from files import pick_device
 from game import Game, set_up
-from gradient import Row, accumulate, culprits, unsound
+from gradient import Row, accumulate, culprits, refer, unsound
 from memory import MasterAdamW
 from model import save_model
 from phases import StopRequest, out_of_memory
+from rlpt import draw_episodes
 from sample import Completion, sample, text_of
 from settings import Settings, resolve, run_name
 
@@ -45,6 +50,7 @@ class Round:
     """One round of play. Tensors and lists of N queries, and of N groups of G answers."""
     queries: list[str]                     # as they were asked (see `shortened`)
     golds: list[str | None]
+    kinds: list[str] | None                # rlpt: of task, asr or msr
     query_rows: list[Completion]           # (N), empty where the queries are data
     solver_prompts: list[list[int]]        # (N)
     answer_rows: list[list[Completion]]    # (N, G)
@@ -57,59 +63,64 @@ class Round:
     A_ch: Tensor | None                    # (N,)
     shortened: dict[str, int]              # texts cut to fit a context: queries, rewarded, judged
     seconds: dict[str, float]              # by phase
-    tokens: dict[str, int]                 # by phase
 
 
 def play(game: Game, step: int) -> Round:
     """Algorithm 1 up to the update. What is random in it depends on the seed and the step alone."""
     s, G, phase = game.settings, game.settings.answers, game.phase
-    phase.seconds = {}
+    phase.seconds, phase.peak_gb = {}, {}
     speak = dict(temperature=s.temperature, stop_ids=game.tokenizer.stop_ids,
                  batch_tokens=s.batch_tokens)
 
     # Challenge: q ~ pi_Ch(q) = pi(q | <cp>). The query is all that was written, and nothing else.
-    if game.data:
-        query_rows = []
+    # In rlpt and grpo the queries are given.
+    query_rows, golds, kinds, shortened = [], [None] * s.queries, None, {}
+    if game.texts:
+        queries, golds, kinds, cut = map(list, zip(*draw_episodes(game, step)))
+        shortened["contexts"] = sum(cut)
+    elif game.data:
         queries, golds = map(list, zip(*draw(game.data, s.queries, s.seed, step)))
     else:
-        with phase("challenge"):
+        with phase("challenge", game.policy):
             (query_rows,) = sample(game.policy, [game.challenger_prompt], num_samples=s.queries,
                                    max_new_tokens=s.query_tokens,
                                    generator=generator(s.seed, step, CHALLENGE), **speak)
         queries = [text_of(game.tokenizer, row) for row in query_rows]
-        golds = [None] * s.queries
 
     # Solve: a ~ pi_Sol(a|q) = pi(a | q as a plain user turn), G times. A query whose text takes
     # more tokens than the Challenger wrote, more than the context holds, is asked without its end.
-    with phase("solve"):
+    with phase("solve", game.policy):
         fitted = fit(game.tokenizer, [(q,) for q in queries],
                      lambda q: [{"role": "user", "content": q}],
                      game.policy.config.max_position_embeddings - s.answer_tokens)
         solver_prompts, queries = [ids for ids, _, _ in fitted], [q for _, (q,), _ in fitted]
-        shortened = {"queries": sum(cut for _, _, cut in fitted)}
+        shortened["queries"] = sum(cut for _, _, cut in fitted)
         answer_rows = sample(game.policy, solver_prompts, num_samples=G,
                              max_new_tokens=s.answer_tokens,
                              generator=generator(s.seed, step, SOLVE), **speak)
         answers = [[text_of(game.tokenizer, row) for row in group] for group in answer_rows]
-    count = lambda rows: sum(len(row.tokens) for row in rows)
-    tokens = {"challenge": count(query_rows), "solve": sum(map(count, answer_rows))}
 
-    # Score: R(q, a), and in lsp the judge's R_Q(q, a). The same pair is scored once.
+    # Score: R(q, a), in rlpt the judge's verdict, and in lsp its R_Q(q, a). The same pair is scored
+    # once.
     triples = [(q, a, gold) for q, gold, group in zip(queries, golds, answers) for a in group]
     number = {t: i for i, t in enumerate(dict.fromkeys(triples))}    # of each distinct one
     at = torch.tensor([number[t] for t in triples]).view(-1, G)                      # (N, G)
     asked, answered, gold = map(list, zip(*number))
-    with phase("reward"):
+    R_Q, judgements = None, []
+    with phase("judge" if s.verdict else "reward", game.scorer):
+        if s.verdict:
+            game.reward.generator = generator(s.seed, step, JUDGE)
         R = rewards.as_rewards(game.reward(asked, answered, gold), len(asked))[at]   # (N, G)
     if s.reward in rewards.VERIFIABLE:     # cut off is not answered: "#### 4" may be half of 42
         R = R * torch.tensor([[row.stopped for row in group] for group in answer_rows])
     shortened["rewarded"] = getattr(game.reward, "shortened", 0)
-    R_Q, judgements = None, []
-    if game.judge is not None:
+    if s.verdict:
+        judgements = [game.reward.records[i] for i in at.flatten().tolist()]
+    elif game.judge is not None:
         if s.judge_temperature and s.self_reward == "generate":      # drawn anew for each
             at = torch.arange(len(triples)).view(-1, G)
             asked, answered, _ = map(list, zip(*triples))
-        with phase("judge"):
+        with phase("judge", game.judge):
             scores, records = rewards.self_reward(
                 game.judge, game.judge_tokenizer, asked, answered, prompt=game.judge_prompt,
                 reading=s.self_reward, temperature=s.judge_temperature,
@@ -128,8 +139,8 @@ def play(game: Game, step: int) -> Round:
     A_ch = torch.zeros(len(queries)) if query_rows else None                         # (N,)
     if query_rows and kept.sum() >= 2:
         A_ch[kept] = lsp.challenger_advantages(s.reward_scale * R[kept], quality)    # Eq. 3
-    return Round(queries, golds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
-                 judgements, kept, A_sol, A_ch, shortened, phase.seconds, tokens)
+    return Round(queries, golds, kinds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
+                 judgements, kept, A_sol, A_ch, shortened, phase.seconds)
 
 
 # ---------------------------------------------------------------- update
@@ -156,7 +167,11 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
     sol, ch, loss, norm = Counter(), Counter(), None, None
     rate = learning_rate(s, step)
     faults = unsound(r)
-    with game.phase("update"):
+    if s.beta and not faults:
+        with game.phase("reference", game.reference):
+            refer(game, solver)
+            refer(game, challenger)
+    with game.phase("update", game.policy):
         if not faults:
             sol, ch = differentiate(game, optimizer, solver, challenger)
             loss = sol["loss"] + s.alpha_ch * ch["loss"]
@@ -199,6 +214,8 @@ def differentiate(game: Game, optimizer: MasterAdamW, solver: list[Row],
 
 def train(s: Settings, preset: dict):
     """Begin a run, or go on with one, and play until the last step, a signal or a fault."""
+    if s.dry_run:
+        sys.exit(report.dry_run(s))
     run = runs.Run(Path(s.resume)) if s.resume else None     # its lock, from here on
     game = set_up(s, run.newest_whole() if run else None)
     device, dtype = pick_device(s.device)
@@ -207,11 +224,12 @@ def train(s: Settings, preset: dict):
         print(log.transcript(s, play(game, 0)))
         return
     game.policy.carried["training.json"] = json.dumps(preset, indent=2).encode()
-    optimizer = MasterAdamW(game.policy, dtype, weight_decay=s.weight_decay)
+    optimizer = MasterAdamW(game.policy, dtype, weight_decay=s.weight_decay, offload=s.offload)
     run = run or runs.new_run(s, run_name(s), optimizer.bytes_on_disk())
     with run, StopRequest() as game.phase.stop:
         run.begin(asdict(s), game.sources)
         print("\n".join(f"{k} = {value}" for k, value in asdict(s).items() if value is not None))
+        print(report.opening(s))
         state = run.restore(s.keep, torch=torch.__version__, device=device.type)
         if run.checkpoint:
             optimizer.load(run.checkpoint / "state", state["updates"])
@@ -224,6 +242,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
     """The steps that are left. Only a whole step is ever saved; one that was cut short is played
     again, and draws the same random numbers, which depend on the seed and the step alone."""
     s, out = game.settings, run.folder
+    budget_gb, bounds = report.peaks_gb(s), report.best(game)
     step, bad_steps = state["step"], state["bad_steps"]
     saved = step if run.checkpoint else None
     evals = read_lines(out / "eval.jsonl")
@@ -261,7 +280,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
         while True:
             known = evals and evals[-1]["step"] == step
             if (step % s.eval_every == 0 or step >= s.steps) and not known:
-                with game.phase("eval"):
+                with game.phase("eval", game.policy):
                     look()
             if step >= s.steps:
                 break
@@ -272,11 +291,13 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
             step += 1
             bad_steps = bad_steps + 1 if learnt["skipped"] else 0
             m = {"step": step} | log.measure(s, r) | learnt | {
-                "seconds": seconds, "phase_seconds": r.seconds,
-                "tokens_per_second": {p: n / r.seconds[p] for p, n in r.tokens.items() if n}}
+                "seconds": seconds, "phase_seconds": r.seconds, "peak_gb": game.phase.peak_gb,
+                "budget_gb": budget_gb} | report.speed(game, r, bounds)
             run.append("metrics.jsonl", [m])
             run.append("samples.jsonl", list(log.samples(r, step)))
             print(log.step_line(s, m), flush=True)
+            if bounds:
+                print(report.speed_line(m), flush=True)
             if step % 10 == 0:
                 print(log.example_line(r), flush=True)
             if bad_steps >= s.max_bad_steps:
@@ -293,7 +314,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
 
 
 def main():
-    parser = runs.Parser(description="Language Self-Play, LSP-Zero and GRPO on one Llama.")
+    parser = runs.Parser(description="Language Self-Play, LSP-Zero, GRPO and RLPT on one Llama.")
     runs.add_flags(parser, Settings)
     train(*resolve(vars(parser.parse_args())))
 

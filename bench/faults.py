@@ -126,7 +126,8 @@ def left(out: Path) -> dict[str, bytes | str]:
     held["state"] = {key: state[key] for key in ("step", "updates", "bad_steps")}
     for name in runs.RECORDS:
         held[name] = (out / name).read_bytes() if (out / name).exists() else None
-    clock = ("seconds", "phase_seconds", "tokens_per_second")
+    clock = ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "bandwidth_share",
+             "flops_share")
     held["metrics.jsonl"] = [
         {key: value for key, value in json.loads(line).items() if key not in clock}
         for line in held["metrics.jsonl"].splitlines()]

@@ -25,25 +25,26 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))             # before bench/, whose memory.py is not the project's
 
-from files import InputError  # noqa: E402
+from files import InputError, read_json  # noqa: E402
 from model import Llama, parse_config  # noqa: E402
 from results import append_line  # noqa: E402
 from runs import Parser  # noqa: E402
 
-LLAMA3 = {"rope_theta": 500000.0, "rope_scaling": {
-    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192}, "head_dim": 64, "vocab_size": 128256,
-    "max_position_embeddings": 131072, "num_key_value_heads": 8}
+
+def known(name: str) -> dict:
+    """A shape of shapes/; what is not its geometry is said by config_of."""
+    raw = read_json(ROOT / "shapes" / name / "config.json")
+    return {key: value for key, value in raw.items() if key not in ("architectures", "dtype")}
+
+
 SHAPES = {
     "tiny": {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048},
     "smollm2-135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
                      "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
                      "max_position_embeddings": 8192, "rope_theta": 100000.0},
-    "llama-3.2-1b": LLAMA3 | {"hidden_size": 2048, "intermediate_size": 8192,
-                              "num_hidden_layers": 16, "num_attention_heads": 32},
-    "llama-3.2-3b": LLAMA3 | {"hidden_size": 3072, "intermediate_size": 8192, "head_dim": 128,
-                              "num_hidden_layers": 28, "num_attention_heads": 24},
+    "llama-3.2-1b": known("llama-3.2-1b"),
+    "llama-3.2-3b": known("llama-3.2-3b"),
 }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import lsp
 import train
 from chat import Tokenizer
-from gradient import Row, accumulate
+from gradient import Row, accumulate, refer
 from memory import MasterAdamW
 from runs import run_script
 from sample import Completion
@@ -77,6 +77,8 @@ def our_update(side: str, load: Load, policy, reference):
     optimizer = MasterAdamW(policy, torch.float32, weight_decay=0.0)
 
     def run(rows: list[Row]) -> float:
+        if load.beta:
+            refer(game, rows)
         accumulate(game, rows, 1.0)
         return optimizer.step(RATE, CLIP)
     return run
@@ -235,17 +237,14 @@ def prepare_grpo(side: str, load: Load):
     """A function that makes one whole step; AdamW's moments are there already, as later on."""
     if side == "ours":
         game, optimizer = our_game(load, steps=1)
-        params, adamw = game.policy.parameters(), optimizer.adamw
-        run = lambda: our_step(game, optimizer, 0)
-    else:
-        trainer = trl_trainer(load, steps=1)
-        params, adamw = trainer.model.parameters(), trainer.create_optimizer()
-        run = trainer.train
-    for p in params:
+        return lambda: our_step(game, optimizer, 0)
+    trainer = trl_trainer(load, steps=1)
+    adamw = trainer.create_optimizer()
+    for p in trainer.model.parameters():
         p.grad = torch.zeros_like(p)
     adamw.step()                                         # zero gradients: allocates, moves nothing
     adamw.zero_grad()
-    return run
+    return trainer.train
 
 
 def compare_steps(load: Load, pairs: int) -> dict[str, list]:

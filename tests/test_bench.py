@@ -6,14 +6,17 @@ import sys
 from argparse import Namespace
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "bench"))             # last: its memory.py must not hide the project's
 
 import measure  # noqa: E402
 
+from bench import gpu  # noqa: E402
 from bench import memory as bench_memory  # noqa: E402
 from files import InputError  # noqa: E402
+from runs import run_script  # noqa: E402
 
 SMALLEST = ["--shape", "tiny", "--threads", "1", "--pairs", "1", "--prompt-tokens", "5",
             "--new-tokens", "7"]
@@ -79,3 +82,48 @@ def test_bad_flags_are_refused_before_anything_runs(tmp_path, flags):
     flags = [flag.replace("FILE", str(tmp_path / "file")) for flag in flags]
     with pytest.raises(InputError, match=flags[0]):
         measure.start(measure.parser("", pairs=5).parse_args(flags))
+
+
+# ---------------------------------------------------------------- bench/gpu.py
+
+def test_the_gpu_benchmark_runs_all_sections_on_a_small_shape(tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench/gpu.py"), "--shape", "tiny", "--layers", "1", "--device",
+         "cpu", "--dtype", "bfloat16", "--query-tokens", "5", "--answer-tokens", "6",
+         "--judge-tokens", "4", "--mean-tokens", "3", "--prompt-tokens", "9", "--new-tokens", "8",
+         "--queries", "2", "--limits", "24", "--compile", "eager", "--out", str(out)],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = {line["section"]: line["rows"] for line in lines}
+    assert list(rows) == ["attention", "decode", "update", "logp", "step"]
+    assert all(row["backends"] for row in rows["attention"])
+    for row in rows["decode"]:
+        assert row.get("skipped") == measure.missing(row["side"].split(",")[0])
+    assert [(row["offload"], row["flops_share"] > 0) for row in rows["update"]] == [
+        (False, True), (True, True)]
+    assert rows["logp"][0]["tokens"] == 512 and 0 < rows["logp"][0]["mean"] < 0.02
+    full, cut = rows["step"]
+    assert full["tokens"] == {"challenge": 8 * 5, "solve": 64 * 6, "judge": 64 * 4}
+    assert cut["tokens"]["solve"] < 64 * 6 and full["offload"] and not full["faults"]
+    assert list(full["phase_seconds"]) == ["challenge", "solve", "reward", "judge", "reference",
+                                           "update"]
+
+
+def test_the_gpu_benchmark_says_in_one_line_that_there_is_no_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(gpu.main)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and err.count("\n") == 1 and "no GPU" in err
+
+
+def test_bounds_are_at_least_85_percent_of_the_data_sheet():
+    slow = {"copy_gb_s": 1000.0, "tflop_s": 900.0}
+    bound = gpu.raised(slow, "NVIDIA H100 80GB HBM3")
+    assert bound["copy_gb_s"] == pytest.approx(0.85 * 3350) and bound["tflop_s"] == 900.0
+    assert bound["measured"] == slow and gpu.raised(slow, "cpu")["copy_gb_s"] == 1000.0
+    assert gpu.raised(slow, "NVIDIA L4")["sheet"] == gpu.SHEETS["L4"]
+    assert gpu.raised(slow, "NVIDIA L40S")["sheet"] == gpu.SHEETS["L40S"]

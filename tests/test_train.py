@@ -15,7 +15,7 @@ import settings
 import train
 from data import draw, read_data
 from files import InputError
-from gradient import Row, accumulate, completion_logp
+from gradient import Row, accumulate, completion_logp, refer
 from memory import MasterAdamW
 from model import Llama, parse_config
 from sample import Completion, sample
@@ -57,8 +57,9 @@ def test_micro_batch_size_changes_no_gradient(llama, kl):
     gradients, losses = [], []
     for tokens in (10_000, 40, 1):
         llama.zero_grad()
-        sums = accumulate(game(llama, reference, beta=0.3, kl=kl, micro_batch_tokens=tokens),
-                          random_rows(), 0.7)
+        g, rows = game(llama, reference, beta=0.3, kl=kl, micro_batch_tokens=tokens), random_rows()
+        refer(g, rows)
+        sums = accumulate(g, rows, 0.7)
         gradients.append(torch.cat([p.grad.reshape(-1) for p in llama.parameters()]))
         losses.append(sums["loss"])
     for gradient, loss in zip(gradients[1:], losses[1:]):
@@ -114,12 +115,14 @@ def test_a_bf16_policy_follows_its_masters_and_gradients_add_up_in_fp32():
     assert {p.dtype for p in llama.parameters()} == {torch.bfloat16}
     weight, master = llama.model.norm.weight, optimizer.masters[
         [n for n, _ in llama.named_parameters()].index("model.norm.weight")]
+    before = master.clone()
     (weight * 1.0).sum().backward()
     for _ in range(256):                    # 1 + 256 * 2^-9: in bf16 each addition would round away
         (weight * 2.0**-9).sum().backward()
-    assert weight.grad is None and torch.all(master.grad == 1.5)
+    assert weight.grad.dtype == torch.float32 and torch.all(weight.grad == 1.5)
     optimizer.step(1e-2, 0)
-    assert torch.equal(weight, master.bfloat16()) and torch.all(master.grad == 0)
+    assert torch.equal(weight, master.bfloat16()) and weight.grad is None
+    assert torch.allclose(master, before - 1e-2) and master.dtype == torch.float32
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():

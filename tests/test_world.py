@@ -239,6 +239,7 @@ def test_equal_rows_travel_as_one_with_the_same_gradient(monkeypatch):
     gradients = []
     for _ in range(2):
         game.policy.zero_grad()
+        gradient.refer(game, rows)
         gradient.accumulate(game, rows, 1.0)
         gradients.append(torch.cat([p.grad.reshape(-1) for p in game.policy.parameters()]))
         monkeypatch.setattr(gradient, "merge", lambda rows: rows)

@@ -1,0 +1,145 @@
+"""budget.py's estimates against measured memory: a step's phases, each workload in its own process.
+
+    python bench/budget.py --out bench/results/budget.jsonl
+    python bench/budget.py --only wide
+
+A child builds random models, AdamW's moments too, and plays a step of train.py's game whose texts
+all run to their limits. Growth over idle is the kernel's high-water mark of a phase minus what was
+resident before the step; its estimate is the phase's peak minus weights and moments. glibc is told
+to give freed blocks back at once (GIVE_BACK), or each phase would show the one before it. CPU and
+Linux only. A GPU's own figures are in metrics.jsonl of every run: peak_gb beside budget_gb.
+"""
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import measure  # first: it puts the project's folder before bench/
+import torch
+from measure import Load
+
+import budget
+import phases
+import train
+from config import parse_config
+from files import InputError
+from game import Game
+from memory import MasterAdamW
+from model import Llama
+from rewards import RewardModel
+from runs import run_script
+from settings import Settings
+
+DEEP, WIDE = Load("smollm2-135m"), Load("llama-3.2-1b", layers=2, vocabulary=24576)
+GAME = dict(model="random", reward="random", queries=8, answers=2, query_tokens=128,
+            answer_tokens=64, judge_tokens=8, self_reward="generate")
+# Weights with AdamW's moments 2.7 GB and 3.1 GB.
+WORKLOADS = {
+    "deep": (DEEP, GAME | {"micro_batch_tokens": 1024}),
+    "deep, checkpointing": (DEEP, GAME | {"micro_batch_tokens": 2048, "checkpointing": True}),
+    "wide, expected": (WIDE, GAME | {"micro_batch_tokens": 1024, "self_reward": "expected"}),
+}
+SMALLEST = {"smallest": (Load("tiny"), GAME | {"queries": 2, "answers": 2, "query_tokens": 5,
+                                               "answer_tokens": 5, "judge_tokens": 3})}
+CHALLENGER, RUBRIC = 600, 400        # tokens
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+             "MALLOC_TOP_PAD_": "0"}
+
+
+class Words:
+    """A tokenizer whose texts are token ids: nothing gets longer or shorter on its way."""
+    stop_ids, path = (), "words"
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) if word.isdigit() else 0 for word in text.split()]
+
+    def chat(self, messages: list[dict]) -> list[int]:
+        return [1] * budget.TURN + [i for m in messages for i in self.encode(m["content"])]
+
+    def chats(self, conversations, *, generation_prompt: bool = True) -> list[list[int]]:
+        return [self.chat(messages) for messages in conversations]
+
+
+def set_up(load: Load, changes: dict) -> tuple[Game, MasterAdamW]:
+    """What game.set_up would make, around random models."""
+    s = Settings(**changes)
+    build = lambda: measure.our_model(load)
+    reward = RewardModel.__new__(RewardModel)
+    with torch.device("meta"):
+        scorer = Llama(replace(parse_config(measure.config_of(load)), scalar_head=True))
+    reward.model = measure.fill(scorer.to_empty(device="cpu"))
+    reward.tokenizer, reward.batch_tokens = Words(), min(16384, s.batch_tokens)
+    game = Game(s, build(), Words(), reward, build().requires_grad_(False))
+    game.judge, game.judge_tokenizer = game.reference, game.tokenizer
+    game.judge_prompt = "2 " * RUBRIC + "{instruction} {response}"
+    game.challenger_prompt = [3] * CHALLENGER
+    game.policy.checkpointing = s.checkpointing
+    return game, MasterAdamW(game.policy, torch.float32, weight_decay=0.0)
+
+
+def estimates(game: Game) -> dict[str, dict]:
+    roles = {"policy": game.policy, "reference": game.reference, "reward model": game.reward.model}
+    models = {role: model.config for role, model in roles.items()}
+    text = {"challenger": CHALLENGER, "judge": budget.TURN + RUBRIC, "rubric": RUBRIC}
+    return budget.budget(game.settings, models, text, budget.Machine("cpu", 4, 0.0, "none"))
+
+
+def child(load: Load, changes: dict) -> dict:
+    """A step of one workload in this process: a record a phase, in GB."""
+    begun, libraries = time.perf_counter(), phases.resident("VmRSS")
+    game, optimizer = set_up(load, changes)
+    gc.collect()
+    game.phase.idle = idle = phases.resident("VmRSS")    # peaks are counted from here
+    r = train.play(game, 0)
+    train.update(game, optimizer, r, 0)
+    found = estimates(game)
+    held = {part for part in budget.STATIC if part != "gradients"}
+    work = lambda parts: sum(size for part, size in parts.items() if part not in held) / 1e9
+    return {"idle": (idle - libraries) / 1e9, "seconds": time.perf_counter() - begun,
+            "idle_estimate": (sum(found["solve"].values()) / 1e9 - work(found["solve"])),
+            "phases": {name: {"measured": game.phase.peak_gb[name], "estimate": work(parts),
+                              "parts": {part: size / 1e9 for part, size in parts.items()
+                                        if part not in held}} for name, parts in found.items()}}
+
+
+def table(results: dict[str, dict]) -> str:
+    lines = [(workload, "weights and moments", f"{r['idle_estimate']:.3f}", f"{r['idle']:.3f}",
+              f"{r['idle_estimate'] / r['idle']:.2f}") if name is None else
+             (workload, name, f"{p['estimate']:.3f}", f"{p['measured']:.3f}",
+              f"{p['estimate'] / p['measured']:.2f}")
+             for workload, r in results.items() for name, p in [(None, None), *r["phases"].items()]]
+    return measure.markdown(("workload", "phase", "GB estimated", "GB measured", "ratio"), lines)
+
+
+def main():
+    parser = measure.parser("Estimated and measured memory.", pairs=1)
+    parser.add_argument("--child", help="JSON: measure one workload in this process and print it")
+    parser.add_argument("--smallest", action="store_true", help="one of a few kilobytes: a test")
+    args = parser.parse_args()
+    workloads = SMALLEST if args.smallest else WORKLOADS
+    if args.child:
+        torch.set_num_threads(args.threads)
+        print(json.dumps(child(*workloads[args.child])))
+        return
+    measure.start(args)
+    results = {}
+    for name in filter(lambda name: measure.chosen(args, name), workloads):
+        done = subprocess.run([sys.executable, str(Path(__file__).resolve()), "--child", name,
+                               "--threads", str(args.threads), *["--smallest"] * args.smallest],
+                              capture_output=True, text=True, env=os.environ | GIVE_BACK)
+        if done.returncode:
+            raise InputError(f"{name}: {done.stderr.strip() or done.returncode}")
+        results[name] = json.loads(done.stdout.splitlines()[-1])
+        print(table({name: results[name]}), flush=True)
+    measure.finish(args, "budget", {}, results)
+
+
+if __name__ == "__main__":
+    run_script(main)

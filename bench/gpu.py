@@ -1,0 +1,499 @@
+"""What one GPU makes of a model in its exact shape, with random weights ~ N(0, .02).
+
+    python bench/gpu.py                                        # llama-3.2-3b, all sections
+    python bench/gpu.py --only step --limits 24                # one whole LSP step in 24 GB
+    python bench/gpu.py --shape llama-3.2-1b --only decode --compile
+    python bench/gpu.py --shape tiny --device cpu              # the code alone, on any machine
+
+step: a whole LSP step by train.py's play and update at the paper's settings, for each memory limit
+(GB = 1e9 bytes) in a process of its own, below 80 with --offload; completions first of full length,
+then of geometric lengths with mean --mean-tokens, cut at the full length. decode: batch 1 and 64,
+beside transformers' generate. logp: sampler against trainer. attention: which kernels ran. Bounds:
+best of ten copies of 1 GiB and of ten bf16 products of 8,192 squared, or 85 % of the data sheet
+where that is more.
+"""
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+
+import measure  # first: it puts the project's folder before bench/
+import torch
+from measure import ROOT, Load
+from torch.profiler import ProfilerActivity, profile
+
+from chat import Tokenizer
+from files import InputError, pick_device
+from game import Game
+from gradient import Row, accumulate, completion_logp, refer
+from memory import MasterAdamW, Stage, rest
+from model import Llama, parse_config
+from phases import Phases, out_of_memory
+from results import append_line
+from rewards import RewardModel
+from runs import Parser, run_script
+from sample import Completion, sample
+from settings import ALGOS, Settings
+from train import play, update
+
+SECTIONS = ("attention", "decode", "update", "logp", "step")
+# Data sheets: GB/s, and dense bf16 TFLOP/s with fp32 sums. The first name that fits counts.
+SHEETS = {"H200": (4800, 989), "H100 PCIe": (2000, 756), "H100 NVL": (3938, 835),
+          "H100": (3350, 989), "A100-SXM4-80GB": (2039, 312), "A100 80GB PCIe": (1935, 312),
+          "A100": (1555, 312), "B200": (8000, 2250), "L40S": (864, 362), "L4": (300, 121),
+          "A10": (600, 125), "RTX A6000": (768, 155), "RTX 5090": (1792, 209.5),
+          "RTX 4090": (1008, 165), "RTX 3090": (936, 71)}
+# Tokens of the fixed texts under Llama 3's tokenizer: the Challenger's whole prompt; what a chat
+# template adds to a user's turn; the judge's prompt before and after instruction and response.
+CHALLENGER, TEMPLATE, RUBRIC = 298, 35, (299, 37)
+
+
+# ---------------------------------------------------------------- random models
+
+def config_of(args, *, head: bool = False) -> dict:
+    raw = measure.config_of(Load(args.shape, layers=args.layers)) | {"torch_dtype": "bfloat16"}
+    scalar = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"}}
+    return raw | (scalar if head else {})
+
+
+@torch.no_grad()
+def random_llama(args, *, seed: int, dtype=None, head: bool = False) -> Llama:
+    """Built where it computes: norms 1, matrices ~ N(0, .02)."""
+    raw = config_of(args, head=head)
+    with torch.device("meta"):
+        model = Llama(parse_config(raw)).to(dtype or args.dtype)
+    model.to_empty(device=args.where)
+    g = torch.Generator(args.where).manual_seed(seed)
+    for p in model.parameters():
+        p.fill_(1.0) if p.dim() == 1 else p.normal_(0.0, 0.02, generator=g)
+    model.raw_config, model.carried = raw, {}
+    return model
+
+
+def random_rows(args, prompts: int, group: int, prompt: int, new: int) -> list[Row]:
+    load = Load(args.shape, prompts=prompts, group=group)
+    asked = measure.random_tokens(load, prompts, prompt, seed=1)
+    said = measure.random_tokens(load, load.rows, new, seed=2)
+    g = torch.Generator().manual_seed(2)
+    return [Row(asked[i // group], Completion(ids, [-1.0] * new, False),
+                torch.randn((), generator=g).item()) for i, ids in enumerate(said)]
+
+
+def words(folder: Path, args) -> Tokenizer:
+    """Words w0, w1, ..., one token each, so that a text has as many tokens as it was written with;
+    the chat template adds TEMPLATE words. No word ends a turn."""
+    from tokenizers import Tokenizer as Words
+    from tokenizers import models, pre_tokenizers
+    count = config_of(args)["vocab_size"]
+    made = Words(models.WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["</s>"])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "</s>", "chat_template": f"{{{{ 'w1 ' * {TEMPLATE} }}}}"
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}"}))
+    (folder / "config.json").write_text(json.dumps(config_of(args)))
+    return Tokenizer(folder)
+
+
+# ---------------------------------------------------------------- time, memory, bounds
+
+def wait(args):
+    if args.where.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(args, run, times: int = 1, *inputs) -> float:
+    """The least of `times` runs of run(*inputs)."""
+    spent = []
+    for _ in range(times):
+        wait(args)
+        begun = time.perf_counter()
+        run(*inputs)
+        wait(args)
+        spent.append(time.perf_counter() - begun)
+    return min(spent)
+
+
+def bounds(args) -> dict:
+    """GB/s read and written by a copy, and matrix-product TFLOP/s, to measure against."""
+    small = args.where.type == "cpu"
+    count, side = (2**20, 256) if small else (2**30, 8192)
+    a, b = (torch.ones(count, dtype=torch.uint8, device=args.where) for _ in range(2))
+    x = torch.randn(side, side, device=args.where).to(args.dtype)
+    found = {"copy_gb_s": 2 * count / seconds(args, lambda: b.copy_(a), 10) / 1e9,
+             "tflop_s": 2 * side**3 / seconds(args, lambda: x @ x, 10) / 1e12}
+    return raised(found, "cpu" if small else torch.cuda.get_device_name())
+
+
+def raised(found: dict, name: str) -> dict:
+    """A machine that does little for us shall not make us look fast: at least 85 % of the sheet."""
+    sheet = next((sheet for key, sheet in SHEETS.items() if key in name), None)
+    return {"measured": found, "sheet": sheet} | {
+        key: max(value, 0.85 * of_sheet)
+        for (key, value), of_sheet in zip(found.items(), sheet or (0, 0))}
+
+
+class Measured(Phases):
+    """Phases that wait for the GPU at their end, and note the peak of what tensors held, GB."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.args, self.peaks, self.reserved = args, {}, {}
+
+    @contextmanager
+    def __call__(self, name: str, model=None):
+        cuda = self.args.where.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with super().__call__(name, model):
+            yield
+            wait(self.args)
+        self.peaks[name] = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+        self.reserved[name] = torch.cuda.max_memory_reserved() / 1e9 if cuda else None
+
+
+# ---------------------------------------------------------------- step
+
+def step_game(args, limit: float, folder: Path) -> tuple[Game, MasterAdamW]:
+    """What train.set_up() makes, around random models; frozen ones leave the device at once."""
+    offload = limit < 80
+    s = Settings(model=args.shape, offload=offload, steps=2, query_tokens=args.query_tokens,
+                 answer_tokens=args.answer_tokens, judge_tokens=args.judge_tokens,
+                 **ALGOS["lsp"], checkpointing=True, batch_tokens=args.batch_tokens,
+                 micro_batch_tokens=args.micro_batch_tokens or (8192 if limit >= 40 else 2048))
+    tokenizer = words(folder, args)
+    text = lambda count: " ".join(["w2"] * count)
+    game = Game(s, None, tokenizer, None, phase=Measured(args), judge_tokenizer=tokenizer,
+                judge_prompt=f"{text(RUBRIC[0])} {{instruction}} {{response}} {text(RUBRIC[1])}",
+                challenger_prompt=[2] * CHALLENGER)
+    scorer = object.__new__(RewardModel)           # __init__ reads files
+    scorer.tokenizer, scorer.shortened = tokenizer, 0
+    scorer.batch_tokens = min(16384, s.batch_tokens)
+    game.reward, made = scorer, {}
+    for name, how in (("model", {"head": True, "seed": 1}), ("reference", {"seed": 2})):
+        made[name] = random_llama(args, **how)
+        if offload:
+            rest(made[name])
+    scorer.model, game.reference = made["model"], made["reference"]
+    game.judge = game.reference
+    game.policy = random_llama(args, seed=2, dtype=torch.float32)
+    game.policy.checkpointing = s.checkpointing
+    if offload:
+        game.phase.stage = Stage(args.where, args.dtype)
+    optimizer = MasterAdamW(game.policy, args.dtype, weight_decay=0.0, offload=offload)
+    return game, optimizer
+
+
+def step_child(args) -> list[dict]:
+    """A warm-up step, then the two that are measured, under the limit of this process."""
+    limit, rows = args.limits[0], []
+    if args.where.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total))
+    with tempfile.TemporaryDirectory() as folder:
+        game, optimizer = step_game(args, limit, Path(folder))
+    every = max(1, round(args.mean_tokens))
+    ends = set(range(0, config_of(args)["vocab_size"], every))        # each token: 1 in `every`
+    for step, (lengths, stops, temperature) in enumerate((
+            ("warm-up", ends, 1.0), ("full", set(), 0.0),
+            (f"geometric, mean {every}", ends, 1.0))):
+        game.tokenizer.stop_ids, game.settings.judge_temperature = stops, temperature
+        begun = time.perf_counter()
+        r = play(game, step)
+        m = update(game, optimizer, r, step)
+        wait(args)
+        whole = time.perf_counter() - begun
+        count = lambda rows: sum(len(row.tokens) for row in rows)
+        tokens = {"challenge": count(r.query_rows), "solve": sum(map(count, r.answer_rows)),
+                  "judge": sum(len(j["judgement"].split()) for j in r.judgements)}
+        rows.append({
+            "limit_gb": limit, "offload": game.settings.offload, "lengths": lengths,
+            "seconds": whole, "phase_seconds": dict(game.phase.seconds),
+            "peak_gb": dict(game.phase.peaks), "reserved_gb": dict(game.phase.reserved),
+            "tokens": tokens, "logp_gap": m["logp_gap"],
+            "faults": m["faults"], "micro_batch_tokens": game.settings.micro_batch_tokens})
+    return rows[1:]
+
+
+def step_section(args, bound) -> tuple[list[dict], str]:
+    rows = []
+    for limit in args.limits:
+        flags = {"shape": args.shape, "layers": args.layers, "device": args.device,
+                 "dtype": str(args.dtype).removeprefix("torch."),
+                 "micro-batch-tokens": args.micro_batch_tokens, "batch-tokens": args.batch_tokens,
+                 "query-tokens": args.query_tokens, "answer-tokens": args.answer_tokens,
+                 "judge-tokens": args.judge_tokens, "mean-tokens": args.mean_tokens}
+        command = [sys.executable, str(ROOT / "bench/gpu.py"), "--child", "--limits", f"{limit:g}",
+                   *(f"--{key}={value}" for key, value in flags.items() if value is not None)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        rows += json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else [
+            {"limit_gb": limit, "skipped": (done.stderr.strip().splitlines() or ["killed"])[-1]}]
+    lines = [(f"{r['limit_gb']:g}", r.get("skipped") or r["lengths"], phase,
+              f"{r['phase_seconds'][phase]:.2f}" if phase else "",
+              number(r["peak_gb"][phase], ".1f") if phase else "",
+              number(r["reserved_gb"][phase], ".1f") if phase else "")
+             for r in rows for phase in r.get("phase_seconds", [""])]
+    return rows, measure.markdown(("limit GB", "lengths", "phase", "seconds", "peak GB",
+                                   "reserved GB"), lines)
+
+
+# ---------------------------------------------------------------- decode
+
+def decode_section(args, bound) -> tuple[list[dict], str]:
+    """Prefill and graph capture included, as in play; `step` is what a further step costs."""
+    prompt, new, rows = args.prompt_tokens, args.new_tokens, []
+    for batch in (1, 64):
+        group = min(8, batch)
+        prompts = measure.random_tokens(Load(args.shape), batch // group, prompt, seed=1)
+        for side in ("ours", "transformers", *(["ours, compiled"] if args.compile else [])):
+            if measure.missing(side.split(",")[0]):
+                rows.append({"batch": batch, "side": side, "skipped": measure.missing(side)})
+                continue
+            run, size = decoder(args, side, prompts, group)
+            run(min(new, 16))                                         # warm-up
+            short, long = seconds(args, run, 2, new // 4), seconds(args, run, 2, new)
+            step = (long - short) / (new - new // 4)
+            cache = batch * (prompt + new * 0.625) * cache_bytes(args)       # mean held in between
+            rows.append({"batch": batch, "side": side, "seconds": long, "step_seconds": step,
+                         "tokens_per_second": batch * new / long,
+                         "bandwidth_share": (size + cache) / step / 1e9 / bound["copy_gb_s"],
+                         "weights_share": size / step / 1e9 / bound["copy_gb_s"]})
+            del run
+            release(args)
+        ours = next(r for r in rows if r["batch"] == batch and r["side"] == "ours")
+        for r in rows:
+            if r["batch"] == batch and "seconds" in r:
+                r["time_ratio"] = r["seconds"] / ours["seconds"]
+    lines = [(r["batch"], r["side"], *([r["skipped"], "", "", "", ""] if "skipped" in r else [
+        f"{r['seconds']:.2f}", f"{1e3 * r['step_seconds']:.2f}", f"{r['tokens_per_second']:.0f}",
+        f"{100 * r['bandwidth_share']:.0f} ({100 * r['weights_share']:.0f})",
+        f"{r['time_ratio']:.2f}"])) for r in rows]
+    return rows, measure.markdown(("batch", "side", "seconds", "ms a step", "tokens/s",
+                                   "% of copy GB/s (weights alone)", "time / ours"), lines)
+
+
+def cache_bytes(args) -> int:
+    """Of one token: keys and values of all layers."""
+    c = parse_config(config_of(args))
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * args.dtype.itemsize
+
+
+def decoder(args, side: str, prompts: list[list[int]], group: int):
+    """A function of the number of new tokens, and the bytes of the weights."""
+    if side == "transformers":
+        from transformers import LlamaConfig, LlamaForCausalLM
+        measure.quiet(1)
+        config = LlamaConfig(**config_of(args), attn_implementation="sdpa")
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).to(args.dtype)
+        rotary = type(model.model.rotary_emb)(config)         # its table is no parameter
+        model.to_empty(device=args.where)
+        model.model.rotary_emb = rotary.to(args.where)
+        model.tie_weights()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(1.0) if p.dim() == 1 else p.normal_(0.0, 0.02)
+        tokens = torch.tensor(prompts, device=args.where)
+        model.eval()
+
+        @torch.inference_mode()
+        def run(new):
+            model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=True,
+                           temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=group,
+                           use_cache=True, pad_token_id=0, min_new_tokens=new, max_new_tokens=new)
+    else:
+        model = random_llama(args, seed=2)
+        if side == "ours, compiled":
+            for module in model.modules():           # what is many small kernels between products
+                if type(module).__name__ in ("RMSNorm", "MLP"):
+                    module.compile(backend=args.compile)
+        g = torch.Generator().manual_seed(0)
+        run = lambda new: sample(model, prompts, num_samples=group, max_new_tokens=new, generator=g)
+    return run, sum(p.numel() * p.itemsize for p in model.parameters())
+
+
+# ---------------------------------------------------------------- update
+
+def update_section(args, bound) -> tuple[list[dict], str]:
+    """A whole step's rows, N 8 and G 8: the gradient, and AdamW's pass, plain and offloaded.
+
+    FLOPs: 2 a weight and token forward, 4 backward, logits for completions alone, attention's
+    products left out; with_recomputation counts the checkpointed forward pass a second time.
+    """
+    rows = random_rows(args, args.queries, args.queries, args.query_tokens + TEMPLATE,
+                       args.answer_tokens)
+    body, head = measure.sizes(Load(args.shape, layers=args.layers))
+    said = len(rows) * args.answer_tokens
+    read = said - len(rows) + args.queries * (args.query_tokens + TEMPLATE)
+    forward = 2.0 * (body * read + head * said)
+    found = []
+    for offload in (False, True):
+        try:
+            found.append({"offload": offload} | one_update(args, rows, offload))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            found.append({"offload": offload, "skipped": "out of memory"})
+        release(args)
+    for r in found:
+        if "skipped" not in r:
+            rate = bound["tflop_s"] * 1e12 * r["gradient_seconds"]
+            r |= {"flops_share": 3 * forward / rate, "with_recomputation": 4 * forward / rate}
+    lines = [("offloaded" if r["offload"] else "plain", *([r["skipped"]] + [""] * 4
+              if "skipped" in r else [f"{r['reference_seconds']:.2f}",
+                                      f"{r['gradient_seconds']:.2f}",
+                                      f"{100 * r['flops_share']:.0f}",
+                                      f"{100 * r['with_recomputation']:.0f}",
+                                      f"{r['adamw_seconds']:.2f}"])) for r in found]
+    return found, measure.markdown(("masters", "reference s", "gradient s", "% FLOP/s",
+                                    "% with recomputation", "AdamW s"), lines)
+
+
+def one_update(args, rows: list[Row], offload: bool) -> dict:
+    s = Settings(model=args.shape, offload=offload, checkpointing=True,
+                 micro_batch_tokens=args.micro_batch_tokens or 8192)
+    policy = random_llama(args, seed=2, dtype=torch.float32)
+    policy.checkpointing = True
+    optimizer = MasterAdamW(policy, args.dtype, weight_decay=0.0, offload=offload)
+    game = Game(s, policy, None, None, random_llama(args, seed=3))
+    if offload:
+        rest(game.reference)
+        game.phase.stage = Stage(args.where, args.dtype)
+    found = {}
+    for _ in range(2):                               # the first is warm-up
+        game.phase.call(game.reference)
+        found["reference_seconds"] = seconds(args, lambda: refer(game, rows))
+        game.phase.call(policy)
+        found["gradient_seconds"] = seconds(args, lambda: accumulate(game, rows, 1.0))
+        found["adamw_seconds"] = seconds(args, lambda: optimizer.step(3e-6, 1.0))
+    return found
+
+
+# ---------------------------------------------------------------- log-probs, attention
+
+def logp_section(args, bound) -> tuple[list[dict], str]:
+    """The sampler's log-probs against the trainer's, at temperature 1: |difference|, nats a token.
+    Beside them a second pass of the trainer's in batches of another make-up, which rounds anew."""
+    model = random_llama(args, seed=2)
+    prompts = measure.random_tokens(Load(args.shape), 8, args.prompt_tokens, seed=1)
+    groups = sample(model, prompts, num_samples=8, max_new_tokens=args.new_tokens,
+                    generator=torch.Generator().manual_seed(0))
+    rows = [Row(p, c, 1.0) for p, group in zip(prompts, groups) for c in group]
+    by_size = {}
+    with torch.no_grad():
+        for size in (16, 1):
+            parts = [completion_logp(model, rows[i:i + size], 1.0)[0].flatten()
+                     for i in range(0, len(rows), size)]
+            by_size[size] = torch.cat(parts).float().cpu()
+    sampled = torch.tensor([x for row in rows for x in row.completion.logp])
+    found = []
+    for name, gap in (("sampler - trainer", (sampled - by_size[16]).abs()),
+                      ("trainer - trainer, row by row", (by_size[1] - by_size[16]).abs())):
+        found.append({"what": name, "tokens": len(gap), "mean": gap.mean().item(),
+                      "p99.9": gap.double().quantile(0.999).item(), "max": gap.max().item()})
+    lines = [(r["what"], r["tokens"], f"{r['mean']:.2g}", f"{r['p99.9']:.2g}", f"{r['max']:.2g}")
+             for r in found]
+    return found, measure.markdown(("nats a token", "tokens", "mean", "99.9 %", "max"), lines)
+
+
+def attention_section(args, bound) -> tuple[list[dict], str]:
+    """Which of scaled_dot_product_attention's backends the profiler saw, in each kind of pass."""
+    model = random_llama(args, seed=2)
+    model.checkpointing = True
+    rows = random_rows(args, 2, 2, args.prompt_tokens, args.new_tokens)
+    judged = [[2] * RUBRIC[0] + row.prompt + row.completion.tokens for row in rows]
+    passes = {
+        "training, prompts": lambda: model(torch.tensor([row.prompt for row in rows[::2]],
+                                                        device=args.where)).sum().backward(),
+        "training, prompts and completions": lambda: completion_logp(
+            model, rows, 1.0)[0].sum().backward(),
+        "prefill of judge's prompts": lambda: sample(model, judged, max_new_tokens=1),
+        "prefill and decode": lambda: sample(model, [judged[0]] * 2, max_new_tokens=12)}
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (args.where.type == "cuda")
+    found = []
+    for name, run in passes.items():
+        model.zero_grad()
+        with profile(activities=kinds) as seen:
+            run()
+            wait(args)
+        backends = {e.key.removeprefix("aten::_scaled_dot_product_"): e.count
+                    for e in seen.key_averages() if "_scaled_dot_product_" in e.key}
+        kernels = {e.key: e.count for e in seen.key_averages()
+                   if any(word in e.key for word in ("fmha", "flash_fwd", "flash_bwd", "cudnn"))
+                   and "aten" not in e.key}
+        found.append({"pass": name, "backends": backends, "kernels": kernels})
+    lines = [(r["pass"], ", ".join(f"{k} x {n}" for k, n in r["backends"].items()))
+             for r in found]
+    return found, measure.markdown(("pass", "backends"), lines)
+
+
+# ---------------------------------------------------------------- command line
+
+def number(x, form: str) -> str:
+    return "-" if x is None else format(x, form)
+
+
+def release(args):
+    if args.where.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main():
+    parser = Parser(description="One GPU, exact shapes, random weights.")
+    parser.add_argument("--shape", choices=list(measure.SHAPES), default="llama-3.2-3b")
+    parser.add_argument("--layers", type=int, help="cut the shape's depth (default: all)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the device's")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--limits", type=float, nargs="+", default=[80.0, 48.0, 24.0],
+                        help="step: GB of GPU memory; below 80 with --offload")
+    parser.add_argument("--compile", nargs="?", const="inductor",
+                        help="decode: also with torch.compile on norms and MLPs")
+    for name, default, text in (
+            ("queries", 8, "update: N and G"), ("query-tokens", 256, "a query"),
+            ("answer-tokens", 512, "an answer"), ("judge-tokens", 256, "a judgement"),
+            ("mean-tokens", 160, "step: mean of the geometric lengths"),
+            ("prompt-tokens", 128, "decode, logp, attention: a prompt"),
+            ("new-tokens", 256, "decode, logp, attention: a completion"),
+            ("batch-tokens", 65536, "as train.py's"),
+            ("micro-batch-tokens", None, "as train.py's (8192; 2048 below 40 GB)")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--out", help="file to which the JSON lines are appended")
+    parser.add_argument("--child", action="store_true", help="step: one limit, in this process")
+    args = parser.parse_args()
+    if args.new_tokens < 4:
+        raise InputError("--new-tokens must be at least 4")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("PyTorch finds no GPU here: nothing measured (the code alone runs with "
+                         "--device cpu --shape tiny)")
+    args.where, args.dtype = pick_device(args.device)[0], getattr(
+        torch, args.dtype) if args.dtype else pick_device(args.device)[1]
+    if args.child:
+        print(json.dumps(step_child(args)))
+        return
+    bound = bounds(args)
+    print(json.dumps(bound), flush=True)
+    run = {"attention": attention_section, "decode": decode_section, "update": update_section,
+           "logp": logp_section, "step": step_section}
+    for name in args.only:
+        begun = time.perf_counter()
+        rows, table = run[name](args, bound)
+        line = {"benchmark": "gpu", "section": name, "date": str(date.today()),
+                "shape": args.shape, "layers": args.layers, "torch": torch.__version__,
+                "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
+                "dtype": str(args.dtype), "seconds": time.perf_counter() - begun,
+                "bounds": bound, "rows": rows}
+        line = json.loads(json.dumps(line), parse_float=lambda x: float(f"{float(x):.5g}"))
+        print(f"\n{name}\n{table}", flush=True)
+        if args.out:
+            append_line(Path(args.out), line)
+        release(args)
+
+
+if __name__ == "__main__":
+    run_script(main)
