@@ -60,7 +60,8 @@ def test_the_command_runs(place, monkeypatch, command):
 
 
 def test_flags_of_commands_that_cannot_be_run_here_are_real():
-    shown = helps(sorted({help_key(c) for c in ELSEWHERE}))
+    shown = helps(sorted({help_key(c) for c in ELSEWHERE} | {"train.py"}))
+    shown["exercises/break_it.py"] += shown["train.py"]                  # a fault's further flags
     for command in ELSEWHERE:
         for word in script_of(command)[1]:
             if word.startswith("--"):
@@ -116,7 +117,7 @@ def code_lines(file: Path) -> int:
     return len(lines)
 
 
-COUNT = re.compile(r"(\| `((?:tiny/)?\w+\.py)` \| |`(\w+\.py)`\s\()(\d+)")
+COUNT = re.compile(r"(\| `((?:tiny/)?\w+\.py)` \| |`((?:tiny/)?\w+\.py)`\s\()(\d+)")
 
 
 def test_line_counts_are_right_to_the_nearest_ten_and_no_file_is_left_out():
@@ -265,6 +266,20 @@ def test_the_faults_table_and_what_is_said_about_it_are_the_kept_runs():
         assert break_it.row(fault, [1, 2, 3]) in BENCH, fault
     sound = [lines(break_it.KEPT / f"nothing-{seed}/eval.jsonl")[-1]["accuracy"]["carry"]
              for seed in (1, 2, 3)]
+    last = {}
+    for folder in break_it.KEPT.iterdir():
+        last.setdefault(folder.name[:-2], []).append(lines(folder / "eval.jsonl")[-1])
+    every = lambda names, f: [f(e) for name in names.split() for e in last[name]]
+    carry = lambda e: e["accuracy"]["carry"]
+    malformed = lambda e: e["challenger"]["malformed"]
+    assert max(every("rate-x-4", lambda e: e["accuracy"]["none"])) < 0.5
+    assert max(every("rate-x-4 no-self-reward sign-trap", carry)) < 0.5
+    assert min(every("no-self-reward sign-trap", malformed)) > 0.85
+    assert max(every("top-k", carry)) < 0.75
+    assert min(every("nothing no-kl bf16-weights no-stop-token", carry)) > 0.9
+    assert all(0.85 < x < 0.95 for x in every("unscaled", carry))
+    assert min(every("r-zero spice absolute-zero", carry)) > 0.85
+    assert all(0.03 < x < 0.08 for x in every("r-zero spice absolute-zero", malformed))
     one, two, three = (f"{x:.3f}"[1:] for x in sound)
     text = (ROOT / "exercises/10_own_reward.py").read_text()
     assert f"LSP's own reward {one}, {two} and {three} at seeds 1, 2, 3" in text
