@@ -212,10 +212,10 @@ def table(seeds: list[int], figure: str | None):
                     axis.plot(x, y, color=f"C{color}", linewidth=1.2)
         axis.set_title(fault, fontsize=10)
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=8, loc="center left")
     for axis in axes[-1]:
         axis.set_xlabel("step")
-    picture.tight_layout()
+    picture.tight_layout(rect=(0, 0.03, 1, 1))
+    picture.legend(*axes.flat[0].get_legend_handles_labels(), ncols=3, loc="lower center")
     plot.save(picture, figure)
 
 

@@ -162,7 +162,7 @@ def test_every_file_flag_function_and_test_that_is_named_exists(name):
 
 
 def test_the_readme_is_a_tour_and_its_defaults_are_the_settings():
-    assert len(README.split("\n")) <= 320
+    assert len(README.split("\n")) <= 330
     table = re.search(r"## Settings, and why(.*?)\n## ", README, re.DOTALL)[1]
     rows = [row.split(" | ") for row in table.split("\n") if row.startswith("| `")]
     for flags, defaults, _ in rows:
@@ -265,7 +265,7 @@ def test_the_faults_table_and_what_is_said_about_it_are_the_kept_runs():
     for fault in break_it.FAULTS:
         assert break_it.row(fault, [1, 2, 3]) in BENCH, fault
     sound = [lines(break_it.KEPT / f"nothing-{seed}/eval.jsonl")[-1]["accuracy"]["carry"]
-             for seed in (1, 2, 3)]
+             for seed in (1, 2)]
     last = {}
     for folder in break_it.KEPT.iterdir():
         last.setdefault(folder.name[:-2], []).append(lines(folder / "eval.jsonl")[-1])
@@ -280,9 +280,9 @@ def test_the_faults_table_and_what_is_said_about_it_are_the_kept_runs():
     assert all(0.85 < x < 0.95 for x in every("unscaled", carry))
     assert min(every("r-zero spice absolute-zero", carry)) > 0.85
     assert all(0.03 < x < 0.08 for x in every("r-zero spice absolute-zero", malformed))
-    one, two, three = (f"{x:.3f}"[1:] for x in sound)
+    one, two = (f"{x:.3f}"[1:] for x in sound)
     text = (ROOT / "exercises/10_own_reward.py").read_text()
-    assert f"LSP's own reward {one}, {two} and {three} at seeds 1, 2, 3" in text
+    assert f"LSP's own reward {one} (and {two} at seed 2)" in text
 
 
 if __name__ == "__main__":
