@@ -87,7 +87,7 @@ def prompt_lengths(s) -> dict[str, int]:
     if s.self_reward:
         judge = read_prompt(s.self_reward_prompt)
     elif s.verdict:
-        judge = read_prompt(HERE / "prompts" / ("verdict_strict.txt" if s.strict else "verdict.txt"))
+        judge = read_prompt(HERE / "prompts" / f"verdict{'_strict' * s.strict}.txt")
         shown = SEGMENT * (1 if s.strict else s.reference_segments)
     return {"challenger": TURN + count(read_prompt(s.challenger_prompt)) if challenged else 0,
             "judge": TURN + count(judge), "rubric": count(judge.split("{")[0]), "shown": shown}

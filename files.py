@@ -11,6 +11,7 @@ from huggingface_hub import errors, snapshot_download  # comes with tokenizers
 HERE = Path(__file__).resolve().parent
 NAMES = {
     "tiny": str(HERE / "tiny"),
+    "tiny-rlpt": str(HERE / "tiny/rlpt"),
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",

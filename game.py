@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 
+import ranks
 import rewards
 import rlpt
 from chat import Tokenizer, fill
@@ -54,7 +55,10 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     checkpoint: the policy of a run that is resumed.
     """
     device, dtype = pick_device(s.device)
-    if s.reward == "tiny" and device.type == "cpu":
+    ranks.take_gpu(device)
+    stories = s.algo == "rlpt" and s.text == tiny_world.STORIES
+    world = tiny_world if s.reward == "tiny" or stories else None
+    if world and device.type == "cpu":
         torch.set_num_threads(1)           # matrices this small: threads would wait for each other
     if s.gpu_memory and device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
@@ -64,8 +68,8 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     start = find_model(s.model)
     reference_path = find_model(s.reference) if s.reference else start
     judge_path = find_model(s.judge) if s.judge else reference_path
-    judged = rewards.SELF_REWARD if s.self_reward else rewards.VERDICT if s.verdict else None
-    world = tiny_world if s.reward == "tiny" else None
+    judged = rewards.SELF_REWARD if s.self_reward else (
+        rewards.VERDICT if s.reward == "verdict" else None)
     data, held_out, gold = [], [], s.reward in rewards.NEED_GOLD
     if s.algo == "grpo" and world and s.prompts in world.MIXES:
         data = world.prompts(s.prompts, min(s.queries * s.steps, 10**5), seed=s.seed)
@@ -117,7 +121,8 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
         game.reward = rlpt.Verdict(
             game.judge, game.judge_tokenizer, game.judge_prompt, reading=s.verdict,
             temperature=s.judge_temperature, max_new_tokens=s.judge_tokens,
-            batch_tokens=s.batch_tokens, min_prediction=s.min_prediction, least=s.min_segment)
+            batch_tokens=s.batch_tokens, min_prediction=s.min_prediction, least=s.min_segment,
+            world=world if s.reward == "tiny" else None)
     # In its masters' precision; MasterAdamW makes it bf16.
     game.policy = load(checkpoint or start, torch.float32)
     game.policy.checkpointing = s.checkpointing

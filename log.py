@@ -3,6 +3,10 @@ import math
 from collections import Counter
 from pathlib import Path
 
+# What metrics.jsonl tells of the machine. All else two runs of one game have in common.
+TIMED = ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "budget_gb", "bandwidth_share",
+         "flops_share")
+
 
 def share(flags: list) -> float | None:
     """The mean of a list, None for an empty one."""
@@ -107,7 +111,8 @@ def eval_line(s, record: dict) -> str:
     if "win_rate" in record:
         line += (f"  held-out reward {record['reward']:.3f}  win-rate against the start "
                  f"{record['win_rate']:.3f}  ({record['n']} prompts)")
-    for key, title in (("accuracy", "held-out accuracy"), ("challenger", "queries")):
+    for key, title in (("accuracy", "held-out accuracy"), ("challenger", "queries"),
+                       ("truncated", "truncated")):
         if record.get(key):
             line += f"  {title}: " + " ".join(f"{k} {v:.2f}" for k, v in record[key].items())
     return line
@@ -116,7 +121,8 @@ def eval_line(s, record: dict) -> str:
 def closing_lines(out: Path, evals: list[dict]) -> str:
     """The end of a run: before and after, and where everything lies."""
     lines = []
-    titles = {"accuracy": "held-out accuracy, greedy", "challenger": "Challenger's queries"}
+    titles = {"accuracy": "held-out accuracy, greedy", "challenger": "Challenger's queries",
+              "truncated": "truncated predictions"}
     for key, title in titles.items():
         if evals and evals[-1].get(key):
             lines += ["", f"{title:30}before   after"] + [

@@ -12,6 +12,7 @@ import time
 import torch
 
 import budget
+import ranks
 from budget import PARTS, body, parameters, queries, token_cache
 from config import Config
 from files import find_model, inside, pick_device, read_json
@@ -109,7 +110,8 @@ def speed(game, r, bounds: tuple[float, float] | None) -> dict:
     tokens |= {"reward": getattr(game.reward, "tokens", 0)}
     shares = {}
     if bounds:
-        shares = {name: decode_bytes(model.config, width_of(model), rows, limit, s.batch_tokens)
+        shares = {name: decode_bytes(model.config, width_of(model), ranks.share(rows), limit,
+                                     s.batch_tokens)
                   / seconds[name] / bounds[0]
                   for name, (model, rows, limit) in written.items() if tokens[name]}
     # The update's: kept queries, equal rows once.
@@ -123,7 +125,7 @@ def speed(game, r, bounds: tuple[float, float] | None) -> dict:
     flops = 3 * forward_flops(game.policy.config, prompts, rests, tokens["update"])
     return {"tokens_per_second": {p: n / seconds[p] for p, n in tokens.items() if n},
             "bandwidth_share": shares or None,
-            "flops_share": flops / seconds["update"] / bounds[1] if bounds else None}
+            "flops_share": bounds and flops / ranks.world() / seconds["update"] / bounds[1]}
 
 
 def width_of(model) -> int:

@@ -23,6 +23,7 @@ from os.path import commonprefix
 import torch
 from torch import Tensor
 
+import ranks
 from cache import shared_forward
 from chat import Tokenizer, fill, fit
 from files import InputError
@@ -41,8 +42,9 @@ def last_hidden(model: Llama, rows: list[list[int]], groups: list, batch_tokens:
     """Hidden state at each row's last token, (len(rows), D), at most batch_tokens padded tokens a
     forward pass. groups: (len(rows),) whose rows begin alike, as the answers to one query do; what
     neighbours of a group share is computed once."""
-    out = [None] * len(rows)
-    waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    mine = ranks.share(range(len(rows)), lambda i: len(rows[i]))
+    out = model.model.embed_tokens.weight.new_empty(len(rows), model.config.hidden_size)
+    waiting = sorted(mine, key=lambda i: len(rows[i]))
     while waiting:
         batch = take_batch(waiting, lambda ids: len(ids) * len(rows[ids[-1]]), batch_tokens)
         members = {}
@@ -53,10 +55,8 @@ def last_hidden(model: Llama, rows: list[list[int]], groups: list, batch_tokens:
         rests = [rows[i][len(prompts[n]):] for i, n in zip(batch, which)]
         hidden = shared_forward(model, prompts, which, rests)                # (b, 1 + T, D)
         ends = torch.tensor([len(rest) for rest in rests], device=hidden.device)
-        last = hidden.take_along_dim(ends[:, None, None], 1)[:, 0]           # (b, D)
-        for i, state in zip(batch, last):
-            out[i] = state
-    return torch.stack(out)
+        out[batch] = hidden.take_along_dim(ends[:, None, None], 1)[:, 0]     # (b, D)
+    return ranks.gather(out[mine])
 
 
 # ---------------------------------------------------------------- reward model
@@ -93,14 +93,16 @@ class RewardModel:
 def as_rewards(values, count: int) -> Tensor:
     """What a reward returned, as (count,) fp32 on the CPU; NaN for all that is no finite number.
 
-    A NaN that reaches the update skips it, and is counted (gradient.py).
+    A NaN that reaches the update skips it, and is counted (gradient.py). Under torchrun rank 0's
+    word holds: a reward that asks a server, or draws lots, must not tell each rank another.
     """
     try:
         R = torch.as_tensor(values, dtype=torch.float32).cpu()
     except (TypeError, ValueError, OverflowError, RuntimeError):
         R = torch.tensor([])
     nan = torch.full((count,), float("nan"))
-    return torch.where(R.isfinite(), R, nan) if R.shape == (count,) else nan
+    R = torch.where(R.isfinite(), R, nan) if R.shape == (count,) else nan
+    return ranks.exchange(R)[0]
 
 
 # ---------------------------------------------------------------- a judge

@@ -1,5 +1,6 @@
 """RLPT (arXiv 2509.19249): plain text as a stream of tasks. Episodes, predictions, verdicts.
 
+    python train.py --algo rlpt                     # the embedded stories, a minute on a CPU
     python train.py --algo rlpt --model llama-3.2-3b --text books/
     draw_episodes(game, step)                         # N prompts, each with what really follows
     extract("... <|startofprediction|>She left.<|endofprediction|>")         # ("She left.", None)
@@ -15,6 +16,7 @@ import re
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -49,7 +51,10 @@ def open_texts(game, start: Path, context: int):
     if s.query_tokens + s.answer_tokens > context:
         raise InputError(f"--query-tokens {s.query_tokens} and --answer-tokens {s.answer_tokens}: "
                          f"the model's context holds {context} in all")
-    game.texts = game.sources["--text"] = Texts(s.text, s.min_segment)
+    if game.world:
+        game.texts = game.world.Stories(held=False)
+    else:
+        game.texts = game.sources["--text"] = Texts(s.text, s.min_segment)
     for kind, places in (("asr", ("context",)), ("msr", ("context", "next"))):
         file = game.sources[f"prompts/{kind}.txt"] = prompt_file(start, kind)
         game.episode_prompts[kind] = read_prompt(file, places)
@@ -159,6 +164,7 @@ class Verdict:
     batch_tokens: int = 65536
     min_prediction: int = 1
     least: int = 0
+    world: ModuleType | None = None         # knows what is right itself: nobody is asked
     generator: torch.Generator | None = None
     records: list[dict] = ()
     shortened: int = 0
@@ -169,7 +175,10 @@ class Verdict:
         pairs = [(gold, p) for gold, (p, _) in zip(golds, extracted) if p is not None]
         number = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
         scores, judged = torch.zeros(0), []
-        if number:
+        if number and self.world:
+            scores = torch.tensor([float(self.world.verdict(*pair)) for pair in number])
+            judged = [{"shortened": False} for _ in number]
+        elif number:
             scores, judged = rewards.verdicts(
                 self.model, self.tokenizer, *map(list, zip(*number)), prompt=self.prompt,
                 reading=self.reading, temperature=self.temperature,

@@ -13,7 +13,7 @@ import lsp
 import rewards
 from chat import SURROGATE
 from files import NAMES, InputError, find_model, inside, pick_device, prompt_file, read_json
-from tiny.world import MIXES
+from tiny.world import MIXES, STORIES
 
 
 def setting(default, help, least=None, most=10**9, choices=None):
@@ -44,7 +44,8 @@ class Settings:
     prompts: str | None = setting(None, "grpo: JSON list or JSON lines with instruction, question, "
                                   "problem or prompt; in the embedded world easy or balanced")
 
-    text: str | None = setting(None, "rlpt: a .txt file, JSON lines with text, or a folder of such")
+    text: str | None = setting(None, "rlpt: a .txt file, JSON lines with text, or a folder of "
+                             "such; stories: those of the embedded world")
     msr_weight: float = setting(0.5, "rlpt: lambda, MSR tasks for each ASR task (not in the paper)",
                                 0)
     min_segment: int = setting(10, "rlpt: characters; shorter sentences are dropped (not in the "
@@ -116,7 +117,7 @@ ALGOS = {"lsp": {"self_reward": "generate"}, "lsp-zero": {}, "grpo": {"learning_
 GPU = {"checkpointing": True}
 MODELS = {"llama-3.2-1b": {"reward": "skywork-v2-1b"} | GPU, "llama-3.2-3b": GPU}
 CHALLENGED, JUDGED = ("lsp", "lsp-zero"), ("lsp", "rlpt")
-STRANGERS_MAY_SET = ("task", "template", "reward", "mask_truncated", "checkpointing")
+STRANGERS_MAY_SET = ("text", "task", "template", "reward", "mask_truncated", "checkpointing")
 # Flags that name something which only some runs use; given to another run, they are refused.
 # Numbers are not: one command line may serve a sweep over algorithms.
 NEEDS = {
@@ -126,7 +127,9 @@ NEEDS = {
     "a self-reward: --algo lsp": (lambda s: s.algo == "lsp", ("self_reward_prompt",)),
     "plain text: --algo rlpt": (lambda s: s.algo == "rlpt", ("text", "verdict", "strict")),
     "queries to answer: another --algo than rlpt": (
-        lambda s: s.algo != "rlpt", ("reward", "eval_prompts")),
+        lambda s: s.algo != "rlpt", ("eval_prompts",)),
+    "queries to answer, or the embedded stories": (
+        lambda s: s.algo != "rlpt" or (s.reward, s.text) == ("tiny", STORIES), ("reward",)),
     "a KL term, --beta above 0, or a judge": (
         lambda s: s.beta > 0 or s.algo in JUDGED and not s.judge, ("reference",)),
     "a run that trains: no --watch": (lambda s: not s.watch, ("out", "eval_prompts")),
@@ -152,6 +155,10 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     named = set(given)                                           # on the command line itself
     if given.get("requeue") and not given.get("out"):
         raise InputError("--requeue needs --out: the folder to go on in, or to begin")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
+            given.get("requeue") or given.get("resume")):
+        raise InputError("torchrun --max-restarts needs --out RUN --requeue, so that a restart "
+                         "knows what to go on with")
     commands = [key for key in COMMANDS[:5] if given.get(key)]
     if len(commands) > 1 or given.get("resume") and given.get("out"):
         raise InputError("give one of --resume RUN, --requeue, --overwrite, --watch, --dry-run"
@@ -160,14 +167,14 @@ def resolve(given: dict) -> tuple[Settings, dict]:
         given = given | {"resume": given["out"]}
     if given.get("resume"):
         given = continued(Path(given["resume"]), given)
-    name = given.get("model", Settings.model)
+    name = given.get("model", "tiny-rlpt" if given.get("algo") == "rlpt" else Settings.model)
     path = find_model(name, weights=not given.get("dry_run"))
     preset = MODELS.get(name, {})
     file = inside(path, "training.json")
     if file.exists():
         preset = preset | read_preset(file)
     algo = given.get("algo", preset.get("algo", Settings.algo))
-    s = Settings(**ALGOS[algo] | preset | given)
+    s = Settings(**{"model": name} | ALGOS[algo] | preset | given)
     if s.algo == "rlpt" and "reward" not in given:      # whatever the model's preset plays for
         s.reward = "verdict"
     for needs, (met, flags) in NEEDS.items():
@@ -190,7 +197,8 @@ def read_preset(file: Path) -> dict:
         number = f.type in (int, float)
         if f.name in preset and not number and not f.metadata["choices"] and (
                 f.name not in STRANGERS_MAY_SET
-                or f.name == "reward" and value not in (*rewards.VERIFIABLE, *NAMES)):
+                or f.name == "reward" and value not in (*rewards.VERIFIABLE, *NAMES)
+                or f.name == "text" and value != STORIES):
             raise InputError(f"{file}: {f.name} can be set on the command line alone")
         if f.name in preset:
             check_range(f"{file}: {f.name}", f, value)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import log
 import lsp
+import ranks
 import report
 import rewards
 import runs
@@ -159,7 +160,9 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
     Where a reward, log-prob, loss or gradient is not finite, nothing moves; "faults" says where.
     """
     s = game.settings
-    kept = r.kept.nonzero()[:, 0].tolist()
+    count = int(r.kept.sum())
+    written = lambda n: sum(len(row.tokens) for row in r.answer_rows[n])
+    kept = ranks.share(r.kept.nonzero()[:, 0].tolist(), written)
     solver = [Row(r.solver_prompts[n], completion, advantage.item())
               for n in kept for completion, advantage in zip(r.answer_rows[n], r.A_sol[n])]
     challenger = [Row(game.challenger_prompt, r.query_rows[n], r.A_ch[n].item())
@@ -173,12 +176,13 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
             refer(game, challenger)
     with game.phase("update", game.policy):
         if not faults:
-            sol, ch = differentiate(game, optimizer, solver, challenger)
+            sol, ch = differentiate(game, optimizer, solver, challenger, count)
             loss = sol["loss"] + s.alpha_ch * ch["loss"]
             if math.isfinite(loss):
                 norm = optimizer.step(rate, s.grad_clip)
             if norm is None or not math.isfinite(norm):
-                faults = culprits(game, optimizer, kept, solver, challenger)
+                faults = ranks.gather(culprits(game, optimizer, kept, solver, challenger)) or [
+                    {"query": None, "answer": None, "what": "gradient of all samples together"}]
     mean = lambda key, per, sums: sums[key] / sums[per] if sums[per] else None
     entropy = lambda sums: -sums["logp"] / sums["tokens"] if sums["tokens"] else None
     tokens = sol["tokens"] + ch["tokens"]
@@ -192,17 +196,30 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
     }
 
 
-def differentiate(game: Game, optimizer: MasterAdamW, solver: list[Row],
-                  challenger: list[Row]) -> tuple[Counter, Counter]:
-    """Add up the gradient of L; out of memory, once more with half the micro-batch."""
-    s = game.settings
+def differentiate(game: Game, optimizer: MasterAdamW, solver: list[Row], challenger: list[Row],
+                  count: int) -> tuple[Counter, Counter]:
+    """Add up the gradient of L; out of memory, once more with half the micro-batch.
+
+    count: queries that are learnt from, of which these rows are all, or under torchrun this rank's.
+    """
+    s, G = game.settings, game.settings.answers
     for last in (False, True):
+        sums = None
         try:
-            sol = accumulate(game, solver, 1.0)                      # Eq. 4
-            return sol, accumulate(game, challenger, s.alpha_ch)     # Eq. 5
+            sums = (accumulate(game, solver, 1.0, count * G),                # Eq. 4
+                    accumulate(game, challenger, s.alpha_ch, count))         # Eq. 5
         except (RuntimeError, MemoryError) as error:
             if last or not out_of_memory(error):
                 raise
+        everyones = ranks.exchange(sums)
+        if None not in everyones:
+            if count:
+                ranks.add_up(optimizer.params)
+            sol, ch = Counter(), Counter()
+            for one, other in everyones:
+                sol.update(one)
+                ch.update(other)
+            return sol, ch
         optimizer.discard()                # out here: the error held on to the pass's tensors
         torch.cuda.empty_cache()
         s.micro_batch_tokens = max(1, s.micro_batch_tokens // 2)
@@ -216,8 +233,13 @@ def train(s: Settings, preset: dict):
     """Begin a run, or go on with one, and play until the last step, a signal or a fault."""
     if s.dry_run:
         sys.exit(report.dry_run(s))
-    run = runs.Run(Path(s.resume)) if s.resume else None     # its lock, from here on
-    game = set_up(s, run.newest_whole() if run else None)
+
+    def reopen():
+        run = runs.Run(Path(s.resume))                       # its lock, from here on
+        run.newest_whole()
+        return run
+    run = ranks.first(reopen) if s.resume else None
+    game = set_up(s, run.checkpoint if run else None)
     device, dtype = pick_device(s.device)
     if s.watch:
         game.policy.to(dtype)
@@ -225,12 +247,14 @@ def train(s: Settings, preset: dict):
         return
     game.policy.carried["training.json"] = json.dumps(preset, indent=2).encode()
     optimizer = MasterAdamW(game.policy, dtype, weight_decay=s.weight_decay, offload=s.offload)
-    run = run or runs.new_run(s, run_name(s), optimizer.bytes_on_disk())
+    need = optimizer.bytes_on_disk()
+    run = run or ranks.first(lambda: runs.new_run(s, run_name(s), need))
     with run, StopRequest() as game.phase.stop:
-        run.begin(asdict(s), game.sources)
+        ranks.first(lambda: run.begin(asdict(s), game.sources))
         print("\n".join(f"{k} = {value}" for k, value in asdict(s).items() if value is not None))
         print(report.opening(s))
-        state = run.restore(s.keep, torch=torch.__version__, device=device.type)
+        now = {"torch": torch.__version__, "device": device.type, "ranks": ranks.world()}
+        state = ranks.first(lambda: run.restore(s.keep, **now))
         if run.checkpoint:
             optimizer.load(run.checkpoint / "state", state["updates"])
         if s.resume:
@@ -272,8 +296,9 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
             save_model(game.policy, folder)
             optimizer.save(folder / "state")
         now = {"updates": optimizer.updates, "bad_steps": bad_steps,
-               "torch": state["torch"], "device": state["device"]}
-        run.save(step, now, write, need=optimizer.bytes_on_disk(), keep=s.keep)
+               "torch": state["torch"], "device": state["device"], "ranks": state["ranks"]}
+        ranks.alike(optimizer.masters)
+        ranks.first(lambda: run.save(step, now, write, need=optimizer.bytes_on_disk(), keep=s.keep))
         saved = step
 
     try:
@@ -305,9 +330,10 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
                                       + log.fault_text(learnt["faults"]))
             if step % s.save_every == 0 or step == s.steps:
                 save()
-    except runs.RunStopped as reason:
+    except runs.RunStopped as error:
+        reason = ranks.agreed(error)
         if not reason.can_save:
-            raise
+            raise reason from None
         save()
         raise runs.RunStopped(f"{reason}; {run.how_to_go_on()}", reason.code) from None
     print(log.closing_lines(out, evals))
@@ -320,4 +346,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    runs.run_script(lambda: ranks.together(main))

@@ -30,6 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
 from checkpoints import write_checkpoint  # noqa: E402
 
+import log  # noqa: E402
 import phases  # noqa: E402
 import rewards  # noqa: E402
 import runs  # noqa: E402
@@ -126,10 +127,8 @@ def left(out: Path) -> dict[str, bytes | str]:
     held["state"] = {key: state[key] for key in ("step", "updates", "bad_steps")}
     for name in runs.RECORDS:
         held[name] = (out / name).read_bytes() if (out / name).exists() else None
-    clock = ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "bandwidth_share",
-             "flops_share")
     held["metrics.jsonl"] = [
-        {key: value for key, value in json.loads(line).items() if key not in clock}
+        {key: value for key, value in json.loads(line).items() if key not in log.TIMED}
         for line in held["metrics.jsonl"].splitlines()]
     return held
 

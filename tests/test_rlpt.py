@@ -1,4 +1,5 @@
 """RLPT: episodes, the extraction of predictions, verdicts, and whole runs on a random model."""
+import importlib.util
 import json
 import random
 import re
@@ -13,7 +14,7 @@ import log
 import rewards
 import rlpt
 import train
-from chat import fill
+from chat import Tokenizer, fill
 from files import HERE, PROMPTS, InputError, read_prompt
 from memory import MasterAdamW
 from rewards import parse_verdict
@@ -382,6 +383,24 @@ def test_the_expected_verdict_is_the_probability_of_a_one_among_zero_and_one(gam
         assert record["mass"] == pytest.approx(zero + one, rel=1e-4)
 
 
+def test_the_benchmark_of_judges_tells_a_perfect_one_from_a_random_one(
+        folder, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("verdicts", HERE / "bench/verdicts.py")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    judge_by_rule(monkeypatch, Tokenizer(folder / "m"), [])
+    monkeypatch.setattr(sys, "argv", [
+        "verdicts.py", "--judge", str(folder / "m"), "--text", str(WATER), "--count", "4",
+        "--device", "cpu", "--out", str(tmp_path / "v.jsonl")])
+    bench.main()
+    said = json.loads((tmp_path / "v.jsonl").read_text())
+    assert said["generate"]["right_minus_wrong"] == said["generate"]["read"] == 1
+    assert said["generate"]["mean"] == {"first": 1, "first two": 1, "second": 0, "another": 0}
+    assert abs(said["expected"]["right_minus_wrong"]) < 0.5 and 0 < said["expected"]["read"] < 1
+    assert "right - wrong" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- steps and runs
 
 def scripted(monkeypatch, game, texts):
@@ -470,8 +489,7 @@ def main(folder, tmp_path, monkeypatch):
 
 
 def records(out, name):
-    timed = ("seconds", "phase_seconds", "tokens_per_second")
-    return [{key: value for key, value in json.loads(line).items() if key not in timed}
+    return [{key: value for key, value in json.loads(line).items() if key not in log.TIMED}
             for line in (out / name).read_text().splitlines()]
 
 
@@ -549,9 +567,10 @@ def test_a_real_model_plays_a_round_on_real_text(assets):
                     "queries": 2, "answers": 2, "query_tokens": 320, "answer_tokens": 8,
                     "min_prediction": 0})
     g = train.set_up(s)
-    for query, _, _, shortened in draw_episodes(g, 0):
-        assert shortened and 250 < len(g.tokenizer.chat([{"role": "user",
-        "content": query}])) <= 320
+    length = lambda query: len(g.tokenizer.chat([{"role": "user", "content": query}]))
+    episodes = [episode for step in range(4) for episode in draw_episodes(g, step)]
+    assert all(length(e.query) <= 320 for e in episodes) and any(e.shortened for e in episodes)
+    assert all(length(e.query) > 250 for e in episodes if e.shortened)
     g.reward.reading = "expected"
     R = g.reward(["q"] * 2, [f"{START}The sun is warm.{END}", "none"], ["It is warm."] * 2)
     assert 0 < R[0] < 1 and R[1] == 0 and 0 < g.reward.records[0]["mass"] <= 1
