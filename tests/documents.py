@@ -18,7 +18,7 @@ from pathlib import Path
 from conftest import ROOT
 
 DOCUMENTS = {name: (ROOT / name).read_text()
-             for name in ("README.md", "COURSE.md", "RLPT.md", "bench/README.md")}
+             for name in ("README.md", "COURSE.md", "MANUAL.md", "bench/README.md")}
 EXERCISES = {f"exercises/{file.name}": ast.get_docstring(ast.parse(file.read_text())) for file in
              sorted((ROOT / "exercises").glob("*.py"))}
 
