@@ -117,6 +117,7 @@ def code_lines(file: Path) -> int:
     return len(lines)
 
 
+OTHERS = ("--model_outputs", "--shutdown-timeout")               # alpaca_eval's, torchrun's
 COUNT = re.compile(r"(\| `((?:tiny/)?\w+\.py)` \| |`((?:tiny/)?\w+\.py)`\s\()(\d+)")
 
 
@@ -144,7 +145,7 @@ def test_every_file_flag_function_and_test_that_is_named_exists(name):
     scripts = "".join(p.read_text() for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")))
     flags = {"--" + f.replace("_", "-") for f in Settings.__dataclass_fields__}
     for flag in re.findall(r"`(--[\w-]+)", text):
-        assert flag in flags or f'"{flag}"' in scripts or flag == "--model_outputs", flag
+        assert flag in flags or f'"{flag}"' in scripts or flag in OTHERS, flag
     names = "lsp|train|rewards|cache|grade|model|gradient"
     before = r"compare with\s" if name in EXERCISES else "`"
     for module, path in re.findall(rf"{before}({names})\.((?:[A-Z]\w+\.)?\w+)", text):
@@ -200,6 +201,15 @@ def test_the_embedded_worlds_table_is_what_the_kept_runs_give(tiny_seeds):
         assert mean == f"{means[name]['carry']:.3f}"
         assert carry == f"{min(seeds):.3f} to {max(seeds):.3f}"
         assert malformed == cells[7].strip()
+
+
+def test_the_rlpt_table_is_what_the_kept_runs_give():
+    sys.path.append(str(ROOT / "bench"))
+    import tiny_rlpt_seeds
+    kept = {f.name[:-5] for f in (ROOT / "bench/results/tiny-rlpt").iterdir()}
+    names = [name for name in tiny_rlpt_seeds.RUNS if name in kept]
+    rows = tiny_rlpt_seeds.table(names, range(1001, 1006), ROOT / "bench/results/tiny-rlpt")
+    assert all(row in BENCH for row in rows), "\n".join(rows)
 
 
 def test_what_is_said_about_the_embedded_world_follows_from_the_kept_runs(tiny_seeds):
