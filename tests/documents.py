@@ -31,7 +31,7 @@ CANNOT = {
     r"--text (books/|a\.txt|FILE)|--model DIR": "a corpus or a model of the reader's own",
     r"runs/(lsp|grpo|A)\S*/|results/(base|lsp)|\$run": "runs of real models",
     r"bench/\w+\.py|tiny/build\w*\.py|break_it\.py all": "minutes or hours",
-    r"--out \.\./": "writes over a kept result",
+    r"--out \.\./|--figure bench/": "writes over a kept result",
     r"--model HOLE": "a model that takes 8 minutes to make",
     r"exercises/grade\.py$": "all ten: tests/test_exercises.py does",
 }
