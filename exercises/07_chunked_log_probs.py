@@ -15,7 +15,7 @@ Afterwards compare with model.Llama.log_probs.
 """
 import torch
 
-import model as product
+import model as llama
 from files import find_model
 
 
@@ -27,7 +27,7 @@ def log_probs(model, hidden, targets, *, temperature=1.0):
 # ---------------------------------------------------------------- the check
 
 def check(log_probs=log_probs):
-    model = product.load_model(find_model("tiny"))
+    model = llama.load_model(find_model("tiny"))
     V, D, sizes, saved = model.config.vocab_size, model.config.hidden_size, [], []
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2500, D, generator=generator)                       # (M, D)
@@ -36,9 +36,12 @@ def check(log_probs=log_probs):
     wanted = (model.logits(plain) / 0.7).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     wanted.sum().backward()
 
-    whole = model.logits
-    model.logits = lambda h: sizes.append(len(h)) or whole(h)
-    limit, product.LOGITS_PER_CHUNK = product.LOGITS_PER_CHUNK, {"cpu": 999 * V}    # the product's
+    def counted(x, weight):                  # what all logits come from: how many tokens at once?
+        sizes.append(len(x) if len(weight) == V else 0)
+        return multiply(x, weight)
+
+    multiply, llama.product = llama.product, counted
+    limit, llama.LOGITS_PER_CHUNK = llama.LOGITS_PER_CHUNK, {"cpu": 999 * V}
     hidden.requires_grad_()
     try:
         keep = lambda x: saved.append(x.numel() if x.shape[-1:] == (V,) else 0) or x
@@ -51,12 +54,12 @@ def check(log_probs=log_probs):
             "the temperature has no effect: logits / temperature, before the softmax")
         assert torch.allclose(found, wanted, atol=1e-4), (
             "not the log-probs of the targets; log softmax(x)[t] = x[t] - logsumexp(x)")
-        assert max(saved) < V * 900, (
+        assert max(saved, default=0) < V * 900, (
             "the logits are kept for the backward pass, so that in the end all of them are held: "
             "wrap the work on a chunk in model.recomputed")
         found.sum().backward()
     finally:
-        product.LOGITS_PER_CHUNK = limit
+        llama.product, llama.LOGITS_PER_CHUNK = multiply, limit
     assert torch.allclose(hidden.grad, plain.grad, atol=1e-4), (
         "right values, wrong gradient: is something detached?")
     return "the same values and gradients; memory for 1,000 tokens' logits, however many there are"

@@ -117,4 +117,4 @@ def test_one_fault_runs_with_the_seed_and_flags_that_it_was_given(tmp_path):
 def test_the_kept_runs_are_of_different_seeds():
     files = sorted(break_it.KEPT.glob("*/metrics.jsonl"))
     assert {re.sub(r"-\d$", "", f.parent.name) for f in files} == set(break_it.FAULTS)
-    assert len({f.read_text() for f in files}) == len(files) >= 27
+    assert len({f.read_text() for f in files}) == len(files) >= len(break_it.FAULTS)
