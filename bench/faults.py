@@ -1,6 +1,6 @@
 """Kill, starve and corrupt runs at random moments; each must end as if nothing had happened.
 
-    python bench/faults.py                    # the table of README.md; minutes are in its JSON line
+    python bench/faults.py                    # bench/README.md's table; minutes are in its JSON
     python bench/faults.py --quick            # 8 kills and one of everything else, for the tests
 
 Every life of a run is a process of its own (forked, so that it need not import torch again) that

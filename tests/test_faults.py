@@ -84,7 +84,7 @@ def test_the_campaign_sees_a_changed_bit_a_missing_step_and_another_sample(play,
 
 def test_the_readmes_table_is_the_stored_campaigns():
     stored = json.loads((ROOT / "bench/results/faults.json").read_text())["table"]
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "bench/README.md").read_text()
     assert [row["fault"] for row in stored] == list(campaign.CAMPAIGN)
     assert all(campaign.line(row) in text for row in stored)
 
