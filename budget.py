@@ -19,7 +19,7 @@ import torch
 import rewards
 from cache import PREFILL_TOKENS
 from config import Config
-from files import InputError, find_model, pick_device, read_prompt
+from files import HERE, InputError, find_model, pick_device, read_prompt
 from memory import BLOCK
 from model import LOGITS_PER_CHUNK, read_config
 
@@ -30,6 +30,7 @@ BATCH_TOKENS = [2**k for k in range(18, 11, -1)]         # what sized() tries
 MICRO_BATCH_TOKENS = [2**k for k in range(13, 8, -1)]
 TURN = 40                    # tokens that a chat template adds to a text, Llama 3's date included
 LETTERS = 3.5                # a token of English prose has about 4; our two prompts have 3.7 to 4.3
+SEGMENT = 64                 # tokens of a long sentence
 PARTS = ("policy", "reference", "judge", "reward model", "masters", "gradients", "moments",
          "cache", "activations", "logits", "head's gradient")
 STATIC = PARTS[:7]
@@ -67,23 +68,29 @@ def read_models(s) -> dict[str, Config]:
     policy = path(s.model)
     reference = path(s.reference) if s.reference else policy
     judge = path(s.judge) if s.judge else reference
-    shared = bool(s.self_reward) and judge == reference
+    shared = bool(s.reading) and judge == reference
     found = {"policy": policy}
     if s.beta or shared:
         found["reference"] = reference
-    if s.self_reward and not shared:
+    if s.reading and not shared:
         found["judge"] = judge
-    if s.reward not in rewards.VERIFIABLE:
+    if s.reward not in rewards.VERIFIABLE and not s.verdict:
         found["reward model"] = path(s.reward)
     return {role: read_config(folder) for role, folder in found.items()}
 
 
 def prompt_lengths(s) -> dict[str, int]:
-    """Tokens of the two prompt files, guessed from their letters: no tokenizer is read."""
+    """Tokens of the prompt files, guessed from their letters: no tokenizer is read. `shown`: what
+    the judge sees beside its instructions and the answer."""
     count = lambda text: math.ceil(len(text) / LETTERS)
-    judge = read_prompt(s.self_reward_prompt) if s.self_reward else ""
-    return {"challenger": TURN + count(read_prompt(s.challenger_prompt)) if s.algo != "grpo" else 0,
-            "judge": TURN + count(judge), "rubric": count(judge.split("{instruction}")[0])}
+    challenged, judge, shown = s.algo not in ("grpo", "rlpt"), "", s.query_tokens
+    if s.self_reward:
+        judge = read_prompt(s.self_reward_prompt)
+    elif s.verdict:
+        judge = read_prompt(HERE / "prompts" / f"verdict{'_strict' * s.strict}.txt")
+        shown = SEGMENT * (1 if s.strict else s.reference_segments)
+    return {"challenger": TURN + count(read_prompt(s.challenger_prompt)) if challenged else 0,
+            "judge": TURN + count(judge), "rubric": count(judge.split("{")[0]), "shown": shown}
 
 
 def parameters(c: Config) -> int:
@@ -249,10 +256,10 @@ def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> di
     if scorer:
         phase("reward", "reward model", scoring(
             scorer, width, **last_hidden(N * G, G, asked, s.answer_tokens, tokens)))
-    if s.self_reward:
+    if s.reading:
         role = "judge" if "judge" in models else "reference"
-        pair = text["judge"] + s.query_tokens
-        if s.self_reward == "expected":
+        pair = text["judge"] + text["shown"]
+        if s.reading == "expected":
             phase("judge", role, scoring(
                 judge, width, **last_hidden(N * G, G, pair, s.answer_tokens, tokens)))
         else:

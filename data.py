@@ -92,7 +92,7 @@ def read_entries(path: str) -> list[tuple[str, object]]:
     return entries
 
 
-CHALLENGE, SOLVE, JUDGE, ORDER, EVALUATE = range(5)      # what random numbers are drawn for
+CHALLENGE, SOLVE, JUDGE, ORDER, EVALUATE, EPISODE = range(6)     # what random numbers are drawn for
 
 
 def generator(seed: int, step: int, purpose: int) -> torch.Generator:

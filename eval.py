@@ -28,6 +28,7 @@ import judges
 import plot
 import results
 import rewards
+import rlpt
 from chat import Tokenizer
 from config import parse_config
 from data import EVALUATE, generator
@@ -71,17 +72,21 @@ def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list
 
 
 def evaluate_world(game) -> dict:
-    """The embedded world: greedy accuracy on all held-out sums; what 1,000 sampled queries are."""
-    s, queries = game.settings, game.world.held_out_queries()
-    accuracy = game.world.accuracy(queries, greedy(game, queries)[0])
-    record = {"accuracy": accuracy, "challenger": None}
+    """The embedded world: greedy accuracy on all held-out sums; what 1,000 sampled queries are.
+    In rlpt: greedy accuracy on all held-out stories; the share of predictions that break off."""
+    s, world = game.settings, game.world
+    if game.texts:
+        tasks = world.held_out_tasks()
+        answers, _ = greedy(game, [rlpt.pose(game, *task).query for task in tasks])
+        return world.story_figures(tasks, [rlpt.extract(answer, 0)[0] for answer in answers])
+    queries = world.held_out_queries()
+    record = {"accuracy": world.accuracy(queries, greedy(game, queries)[0]), "challenger": None}
     if game.challenger_prompt:
         (rows,) = sample(game.policy, [game.challenger_prompt], num_samples=1000,
                          temperature=s.temperature, max_new_tokens=s.query_tokens,
                          stop_ids=game.tokenizer.stop_ids, batch_tokens=s.batch_tokens,
                          generator=generator(s.seed, 0, EVALUATE))
-        asked = [text_of(game.tokenizer, row) for row in rows]
-        record["challenger"] = game.world.challenger_shares(asked)
+        record["challenger"] = world.challenger_shares([text_of(game.tokenizer, r) for r in rows])
     return record
 
 

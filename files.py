@@ -11,6 +11,7 @@ from huggingface_hub import errors, snapshot_download  # comes with tokenizers
 HERE = Path(__file__).resolve().parent
 NAMES = {
     "tiny": str(HERE / "tiny"),
+    "tiny-rlpt": str(HERE / "tiny/rlpt"),
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -19,6 +20,9 @@ NAMES = {
     "skywork-v2-1b": "Skywork/Skywork-Reward-V2-Llama-3.2-1B",
     "skywork-v2-3b": "Skywork/Skywork-Reward-V2-Llama-3.2-3B",
 }
+# What a model's directory may bring in a language of its own; its checkpoints carry them.
+PROMPTS = tuple(f"prompts/{name}.txt" for name in (
+    "challenger", "self_reward", "asr", "msr", "verdict", "verdict_strict"))
 SMALL = 64 * 2**20      # bytes: the largest tokenizer.json are about 35 million
 
 
@@ -80,7 +84,7 @@ def find_model(name: str, *, weights: bool = True) -> Path:
     """A directory as it is; a known name or a hub id (owner/name) fetched from the hub,
     or from its local cache.
 
-    Only configuration, tokenizer, the two prompts and *.safetensors are fetched; weights=False:
+    Only configuration, tokenizer, prompts and *.safetensors are fetched; weights=False:
     config.json, preset and prompts alone, for what a budget needs, and not even these where
     shapes/ knows the name. InputError: gated, no network, unknown.
     """
@@ -98,7 +102,7 @@ def find_model(name: str, *, weights: bool = True) -> Path:
         kinds = (["*.safetensors", "*.json", "*.jinja"] if weights
                  else ["config.json", "training.json"])
         return Path(snapshot_download(
-            repo, allow_patterns=[*kinds, "prompts/challenger.txt", "prompts/self_reward.txt"],
+            repo, allow_patterns=[*kinds, *PROMPTS],
             ignore_patterns=["*/" + kind for kind in kinds]))
     except errors.GatedRepoError:
         raise InputError(f"model {repo} is gated: accept its licence at "

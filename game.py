@@ -9,14 +9,17 @@ from types import ModuleType
 
 import torch
 
+import ranks
 import rewards
+import rlpt
 from chat import Tokenizer, fill
 from data import check_data, opening, read_data
-from files import InputError, find_model, pick_device, read_prompt
+from files import InputError, find_model, pick_device, prompt_file, read_prompt
 from memory import Stage, rest
 from model import Llama, load_model, read_config
 from phases import Phases
 from settings import Settings
+from texts import Texts
 from tiny import world as tiny_world
 
 
@@ -34,8 +37,10 @@ class Game:
     challenger_prompt: list[int] | None = None    # <cp> as token ids; None with grpo
     data: list = ()                        # grpo: (query, gold); else empty
     held_out: list = ()                    # those of --eval-prompts
+    texts: Texts | None = None             # rlpt: what episodes are made of
+    episode_prompts: dict = field(default_factory=dict)    # "asr", "msr": with {context}, {next}
     world: ModuleType | None = None        # the embedded world, where it is played
-    sources: dict[str, Path] = field(default_factory=dict)       # what was read, by flag
+    sources: dict[str, Path | Texts] = field(default_factory=dict)     # what was read, by flag
     phase: Phases = field(default_factory=Phases)
 
     @property
@@ -50,7 +55,10 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     checkpoint: the policy of a run that is resumed.
     """
     device, dtype = pick_device(s.device)
-    if s.reward == "tiny" and device.type == "cpu":
+    ranks.take_gpu(device)
+    stories = s.algo == "rlpt" and s.text == tiny_world.STORIES
+    world = tiny_world if s.reward == "tiny" or stories else None
+    if world and device.type == "cpu":
         torch.set_num_threads(1)           # matrices this small: threads would wait for each other
     if s.gpu_memory and device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
@@ -60,7 +68,8 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     start = find_model(s.model)
     reference_path = find_model(s.reference) if s.reference else start
     judge_path = find_model(s.judge) if s.judge else reference_path
-    world = tiny_world if s.reward == "tiny" else None
+    judged = rewards.SELF_REWARD if s.self_reward else (
+        rewards.VERDICT if s.reward == "verdict" else None)
     data, held_out, gold = [], [], s.reward in rewards.NEED_GOLD
     if s.algo == "grpo" and world and s.prompts in world.MIXES:
         data = world.prompts(s.prompts, min(s.queries * s.steps, 10**5), seed=s.seed)
@@ -78,7 +87,9 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     for flag in ("prompts", "eval_prompts"):
         if getattr(s, flag) and not (world and getattr(s, flag) in world.MIXES):
             game.sources["--" + flag.replace("_", "-")] = Path(getattr(s, flag))
-    if s.algo != "grpo":
+    if s.algo == "rlpt":
+        rlpt.open_texts(game, start, context)
+    elif s.algo != "grpo":
         game.sources["--challenger-prompt"] = Path(s.challenger_prompt)
         given = [name for name in ("task", "template") if getattr(s, name) != "None"]
         prompt = fill(read_prompt(s.challenger_prompt, given), task=s.task, template=s.template)
@@ -86,23 +97,32 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
                                          context)
         opening(tokenizer, "--query-tokens and --answer-tokens", "",
                 s.query_tokens + s.answer_tokens, context)
-    if s.self_reward:
-        game.sources |= {"--self-reward-prompt": Path(s.self_reward_prompt), "--judge": judge_path}
+    if judged:
+        prompt_path = Path(s.self_reward_prompt) if s.self_reward else prompt_file(
+            judge_path, "verdict_strict" if s.strict else "verdict")
+        flag = "--self-reward-prompt" if s.self_reward else "the judge's prompt"
+        game.sources |= {flag: prompt_path, "--judge": judge_path}
         game.judge_tokenizer = tokenizer if judge_path == start else Tokenizer(judge_path)
-        game.judge_prompt = read_prompt(s.self_reward_prompt, ("instruction", "response"))
-        opening(game.judge_tokenizer, s.self_reward_prompt,
-                fill(game.judge_prompt, instruction="", response=""), s.judge_tokens,
+        game.judge_prompt = read_prompt(prompt_path, judged.places)
+        opening(game.judge_tokenizer, prompt_path,
+                fill(game.judge_prompt, **dict.fromkeys(judged.places, "")), s.judge_tokens,
                 read_config(judge_path).max_position_embeddings)
-    if not game.reward:
+    if not game.reward and s.algo != "rlpt":
         game.sources["--reward"] = find_model(s.reward)
         game.reward = rewards.RewardModel(game.sources["--reward"], device=home, dtype=dtype,
                                           batch_tokens=min(16384, s.batch_tokens))
-    shared = s.self_reward and judge_path == reference_path
+    shared = judged and judge_path == reference_path
     game.reference = load(reference_path) if s.beta or shared else None
     if game.reference:
         game.sources["--reference"] = reference_path
-    if s.self_reward:
+    if judged:
         game.judge = game.reference if shared else load(judge_path)
+    if s.algo == "rlpt":
+        game.reward = rlpt.Verdict(
+            game.judge, game.judge_tokenizer, game.judge_prompt, reading=s.verdict,
+            temperature=s.judge_temperature, max_new_tokens=s.judge_tokens,
+            batch_tokens=s.batch_tokens, min_prediction=s.min_prediction, least=s.min_segment,
+            world=world if s.reward == "tiny" else None)
     # In its masters' precision; MasterAdamW makes it bf16.
     game.policy = load(checkpoint or start, torch.float32)
     game.policy.checkpointing = s.checkpointing

@@ -85,8 +85,7 @@ def refer(game: Game, rows: list[Row]):
     """Note in each row its completion's log-probs under the reference.
 
     A pass of its own before the update's, so that the reference need not be on the GPU with the
-    gradients; in the same micro-batches, so that rounding is the same too and the KL of a policy
-    that has not moved is 0.
+    gradients; in the same micro-batches, so that both sides of the KL round alike.
     """
     known = {}
     for batch in micro_batches(rows, game.settings.micro_batch_tokens):
@@ -97,15 +96,16 @@ def refer(game: Game, rows: list[Row]):
         row.ref_logp = known[row.text]
 
 
-def accumulate(game: Game, rows: list[Row], weight: float) -> Counter:
+def accumulate(game: Game, rows: list[Row], weight: float, count: int | None = None) -> Counter:
     """Add the gradient of weight * (Eq. 4 or 5) over these rows to the policy's; return sums.
 
     With beta above 0, refer() has been here before. The loss is normalised by the number of all
     rows before it is cut into micro-batches, so that their size changes nothing
-    (test_micro_batch_size_changes_no_gradient).
+    (test_micro_batch_size_changes_no_gradient). count: all rows of the step, where these are one
+    rank's (default: these are all).
     """
     s, sums = game.settings, Counter()
-    count = len(rows)
+    count = len(rows) if count is None else count
     for batch in micro_batches(rows, s.micro_batch_tokens):
         logp, mask = completion_logp(game.policy, batch, s.temperature)                    # (B, T)
         ref_logp = None
@@ -150,7 +150,8 @@ def unsound(r) -> list[dict]:
 
 def culprits(game: Game, optimizer: MasterAdamW, kept: list[int], solver: list[Row],
              challenger: list[Row]) -> list[dict]:
-    """Which samples made the loss or the gradient non-finite: each differentiated alone."""
+    """Which samples made the loss or the gradient non-finite: each differentiated alone.
+    There may be none: it can be their sum that overflows."""
     G, faults = game.settings.answers, []
     samples = [(kept[i // G], i % G + 1, row) for i, row in enumerate(solver)]
     samples += [(n, None, row) for n, row in zip(kept, challenger)]
@@ -163,4 +164,4 @@ def culprits(game: Game, optimizer: MasterAdamW, kept: list[int], solver: list[R
         if what:
             faults.append({"query": n + 1, "answer": answer, "what": what})
     optimizer.discard()
-    return faults or [{"query": None, "answer": None, "what": "gradient of all samples together"}]
+    return faults

@@ -3,6 +3,10 @@ import math
 from collections import Counter
 from pathlib import Path
 
+# What metrics.jsonl tells of the machine. All else two runs of one game have in common.
+TIMED = ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "budget_gb", "bandwidth_share",
+         "flops_share")
+
 
 def share(flags: list) -> float | None:
     """The mean of a list, None for an empty one."""
@@ -13,9 +17,10 @@ def measure(s, r) -> dict:
     """What a train.Round says about the game; README.md explains each. None: no such thing here."""
     rows = [row for group in r.answer_rows for row in group]
     flat = r.A_sol[r.kept].abs().amax(1) < 1e-6                        # (kept queries,)
-    read = any("reason" in j for j in r.judgements)
-    reasons = [j.get("reason") for j in r.judgements] if read else []
-    mass = [j["mass"] for j in r.judgements if math.isfinite(j.get("mass", math.nan))]
+    judged = [j for j in r.judgements if not j.get("failure")]
+    read = any("reason" in j for j in judged)
+    reasons = [j.get("reason") for j in judged] if read else []
+    mass = [j["mass"] for j in judged if math.isfinite(j.get("mass", math.nan))]
     failures = Counter(reason for reason in reasons if reason)
     return {
         "reward": r.R.mean().item(),
@@ -34,6 +39,22 @@ def measure(s, r) -> dict:
         "parse_failures": dict(failures) if reasons else None,
         "shortened": r.shortened,
         "judge_mass": share(mass),
+    } | predictions(r)
+
+
+def predictions(r) -> dict:
+    """What measure() says in rlpt alone. no_prediction: of all answers, those from which none could
+    be extracted; truncated_predictions: those with one that does not end as a sentence does."""
+    kinds, records = r.kinds or [], r.judgements if r.kinds else []
+    of = lambda kind: share([value for k, value in zip(kinds, r.R.mean(1).tolist()) if k == kind])
+    return {
+        "msr_share": share([kind == "msr" for kind in kinds]),
+        "asr_reward": of("asr"), "msr_reward": of("msr"),
+        "no_prediction": share([bool(j["failure"]) for j in records]),
+        "extraction_failures": dict(Counter(j["failure"] for j in records if j["failure"]))
+        if records else None,
+        "truncated_predictions": share([j["failure"] == "short" or not j.get("whole", True)
+                                        for j in records]),
     }
 
 
@@ -58,19 +79,28 @@ def step_line(s, m: dict) -> str:
             f"  KL {short(m['kl_solver'])}|{short(m['kl_challenger'])}"
             f"  distinct {short(m['distinct_queries'])}  cut {short(m['truncated_answers'])}"
             f"  unread {short(unread)}  gap {gap}  {m['seconds']:.2f} s")
+    if m["msr_share"] is not None:
+        line += (f"  ASR {short(m['asr_reward'])}  MSR {short(m['msr_reward'])}"
+                 f"  no prediction {short(m['no_prediction'])}")
     if m["skipped"]:
         line += "  " + fault_text(m["faults"]) + ": update skipped"
     if unread is not None and unread > 0.5:
-        line += "  self-reward mostly unread"
+        line += f"  {'verdicts' if s.verdict else 'self-reward'} mostly unread"
     return line
 
 
 def example_line(r) -> str:
-    """One query of the round, the Challenger's best, with its answers and what they earned."""
-    n = 0 if r.A_ch is None else int(r.A_ch.argmax())
+    """One query of the round, the Challenger's best, with its answers and what they earned; in rlpt
+    the first reference with its predictions."""
+    n, G = 0 if r.A_ch is None else int(r.A_ch.argmax()), r.R.shape[1]
     clip = lambda text, most: repr(text if len(text) <= most else text[:most - 3] + "...")
-    answers = Counter(clip(answer, 30) for answer in r.answers[n]).most_common(4)
+    texts = r.answers[n]
+    if r.kinds and r.judgements:
+        texts = [j["prediction"] or j["failure"] for j in r.judgements[n * G:(n + 1) * G]]
+    answers = Counter(clip(text, 30) for text in texts).most_common(4)
     said = ", ".join(f"{count} x {answer}" for answer, count in answers)
+    if r.kinds:
+        return f"    {r.kinds[n]}: {clip(r.golds[n], 70)}  predicted {said}  R {r.R[n].mean():.2f}"
     quality = "" if r.R_Q is None else f"  R_Q {r.R_Q[n].mean():.2f}"
     return f"    asked {clip(r.queries[n], 70)}  answered {said}  R {r.R[n].mean():.2f}{quality}"
 
@@ -81,7 +111,8 @@ def eval_line(s, record: dict) -> str:
     if "win_rate" in record:
         line += (f"  held-out reward {record['reward']:.3f}  win-rate against the start "
                  f"{record['win_rate']:.3f}  ({record['n']} prompts)")
-    for key, title in (("accuracy", "held-out accuracy"), ("challenger", "queries")):
+    for key, title in (("accuracy", "held-out accuracy"), ("challenger", "queries"),
+                       ("truncated", "truncated")):
         if record.get(key):
             line += f"  {title}: " + " ".join(f"{k} {v:.2f}" for k, v in record[key].items())
     return line
@@ -90,7 +121,8 @@ def eval_line(s, record: dict) -> str:
 def closing_lines(out: Path, evals: list[dict]) -> str:
     """The end of a run: before and after, and where everything lies."""
     lines = []
-    titles = {"accuracy": "held-out accuracy, greedy", "challenger": "Challenger's queries"}
+    titles = {"accuracy": "held-out accuracy, greedy", "challenger": "Challenger's queries",
+              "truncated": "truncated predictions"}
     for key, title in titles.items():
         if evals and evals[-1].get(key):
             lines += ["", f"{title:30}before   after"] + [
@@ -106,6 +138,7 @@ def samples(r, step: int):
     for n in range(N):
         yield {
             "step": step, "query": r.queries[n], "gold": r.golds[n],
+            "kind": r.kinds and r.kinds[n],
             "query_stopped": r.query_rows[n].stopped if r.query_rows else None,
             "trained_on": bool(r.kept[n]),
             "challenger_advantage": None if r.A_ch is None else r.A_ch[n].item(),
@@ -117,7 +150,7 @@ def samples(r, step: int):
 
 
 def transcript(s, r) -> str:
-    """A round for reading: query, answers, R, R_Q, advantages."""
+    """A round for reading: query, in rlpt what really follows, answers, R, R_Q, advantages."""
     number = lambda x: "     -" if x is None else f"{x:6.2f}"
     indent = lambda text, margin: "\n".join(margin + line for line in text.split("\n"))
     lines = []
@@ -125,8 +158,11 @@ def transcript(s, r) -> str:
         cut = "" if said["query_stopped"] in (True, None) else "   (cut off)"
         lines += ["", f"query {n}/{len(r.queries)}   Challenger's advantage "
                   f"{number(said['challenger_advantage'])}{cut}", indent(said["query"], "  ? ")]
+        if said["kind"]:
+            lines.append(indent(said["gold"], "  = "))
         for a in said["answers"]:
             unread = f" (unread: {a['reason']})" if a.get("reason") else ""
+            unread += f" (no prediction: {a['failure']})" if a.get("failure") else ""
             lines += [f"  R {number(a['reward'])}  R_Q {number(a['quality'])}{unread}  advantage "
                       f"{number(a['advantage'])}" + ("" if a["stopped"] else "  (cut off)"),
                       indent(a["answer"], "      ")]

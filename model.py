@@ -26,13 +26,12 @@ from cache import Cache, Continuation, Prompts
 # A checkpoint is weights and tokenizer: one room opens both.
 from chat import Tokenizer  # noqa: F401
 from config import Config, parse_config
-from files import InputError, inside, read_json
+from files import PROMPTS, InputError, inside, read_json
 
 # What save_model carries over from the source directory,
 # so that a checkpoint is complete by itself.
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-           "chat_template.jinja", "generation_config.json", "training.json",
-           "prompts/challenger.txt", "prompts/self_reward.txt")
+           "chat_template.jinja", "generation_config.json", "training.json", *PROMPTS)
 # Logits that log_probs holds at once. 67 MB in fp32 are quicker than more on a CPU; a GPU reads the
 # whole head for each chunk, so that few large ones (268 MB) suit it.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**26}
@@ -266,7 +265,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         ctx.temperature, ctx.size = temperature, size
         logp, totals = [], []
         for h, t in zip(hidden.split(size), targets.split(size)):
-            logits = wide(product(h, weight)) / temperature                  # (chunk, V)
+            logits = wide(product(h, weight)).div_(temperature)              # (chunk, V)
             totals.append(logits.logsumexp(-1))
             logp.append(logits.gather(-1, t[:, None])[:, 0] - totals[-1])
         ctx.save_for_backward(hidden, weight, targets, torch.cat(totals))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import ranks
 from runs import RunStopped
 
 # ---------------------------------------------------------------- signals
@@ -40,8 +41,9 @@ class StopRequest:
         self.signal = number
         for n in self.before:
             signal.signal(n, signal.SIG_DFL)
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this phase, then saving "
-                    "(again: stop at once)\n".encode())      # print() may be what it interrupted
+        if ranks.rank() == 0:
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this phase, then saving "
+                        "(again: stop at once)\n".encode())  # print() may be what it interrupted
 
     def heed(self):
         if self.signal:

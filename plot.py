@@ -37,6 +37,10 @@ def smooth(values: list[float], width: int = 9) -> list[float]:
 PANELS = [
     ("held-out carry accuracy", "eval", {("accuracy", "carry"): "-"}, False),
     ("held-out no-carry accuracy", "eval", {("accuracy", "none"): "-"}, False),
+    ("held-out accuracy, hard (ASR -, MSR :)", "eval",
+     {("accuracy", "asr_hard"): "-", ("accuracy", "msr_hard"): ":"}, False),
+    ("held-out accuracy, easy (ASR -, MSR :)", "eval",
+     {("accuracy", "asr_easy"): "-", ("accuracy", "msr_easy"): ":"}, False),
     ("held-out reward", "eval", {("reward",): "-"}, False),
     ("win-rate against the start", "eval", {("win_rate",): "-"}, False),
     ("malformed share of the queries", "eval", {("challenger", "malformed"): "-"}, False),
@@ -46,6 +50,7 @@ PANELS = [
     ("R_Q", "metrics", {("quality",): "-"}, True),
     ("KL, nats a sequence (Solver -, Challenger :)", "metrics",
      {("kl_solver",): "-", ("kl_challenger",): ":"}, True),
+    ("truncated share of the predictions", "metrics", {("truncated_predictions",): "-"}, True),
     ("distinct share of the queries", "metrics", {("distinct_queries",): "-"}, True),
 ]
 

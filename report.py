@@ -12,6 +12,7 @@ import time
 import torch
 
 import budget
+import ranks
 from budget import PARTS, body, parameters, queries, token_cache
 from config import Config
 from files import find_model, inside, pick_device, read_json
@@ -103,12 +104,14 @@ def speed(game, r, bounds: tuple[float, float] | None) -> dict:
     written = {"challenge": (game.policy, first, s.query_tokens),
                "solve": (game.policy, [(len(prompt), len(row.tokens)) for prompt, row in answers],
                          s.answer_tokens),
-               "judge": (game.judge, [j["judge_tokens"] for j in r.judgements], s.judge_tokens)}
+               "judge": (game.judge, [j["judge_tokens"] for j in r.judgements
+                                      if "judge_tokens" in j], s.judge_tokens)}
     tokens = {name: sum(T for _, T in rows) for name, (_, rows, _) in written.items()}
     tokens |= {"reward": getattr(game.reward, "tokens", 0)}
     shares = {}
     if bounds:
-        shares = {name: decode_bytes(model.config, width_of(model), rows, limit, s.batch_tokens)
+        shares = {name: decode_bytes(model.config, width_of(model), ranks.share(rows), limit,
+                                     s.batch_tokens)
                   / seconds[name] / bounds[0]
                   for name, (model, rows, limit) in written.items() if tokens[name]}
     # The update's: kept queries, equal rows once.
@@ -122,7 +125,7 @@ def speed(game, r, bounds: tuple[float, float] | None) -> dict:
     flops = 3 * forward_flops(game.policy.config, prompts, rests, tokens["update"])
     return {"tokens_per_second": {p: n / seconds[p] for p, n in tokens.items() if n},
             "bandwidth_share": shares or None,
-            "flops_share": flops / seconds["update"] / bounds[1] if bounds else None}
+            "flops_share": bounds and flops / ranks.world() / seconds["update"] / bounds[1]}
 
 
 def width_of(model) -> int:
@@ -169,10 +172,10 @@ def seconds_of(s, models: dict[str, Config], text: dict[str, int], width: int,
         flops = forward_flops(models["reward model"], [asked] * N, answers, 0)
         found["reward"] = flops / multiplied
     judge = models.get("judge", models.get("reference"))
-    pair = text["judge"] + s.query_tokens + s.answer_tokens
-    if s.self_reward == "generate":
+    pair = text["judge"] + text["shown"] + s.answer_tokens
+    if s.reading == "generate":
         found["judge"] = writing(judge, rows, pair, s.judge_tokens, rows * (pair - text["rubric"]))
-    elif s.self_reward:
+    elif s.reading:
         found["judge"] = forward_flops(judge, [pair] * rows, [], rows) / multiplied
     own = [(text["challenger"], s.query_tokens)] * N if text["challenger"] else []
     prompts = [asked] * N + [text["challenger"]] * bool(own)

@@ -1,23 +1,29 @@
-"""Rewards: a reward model, the self-reward (prompt, two readings, parser), and verifiable rewards.
+"""Rewards: a reward model, a judge (two readings, two parsers), and verifiable rewards.
 
     R = RewardModel(find_model("skywork-v2-3b"))(queries, answers)           # (len,) fp32
     scores, records = self_reward(judge, tokenizer, queries, answers,
                                   prompt=read_prompt("prompts/self_reward.txt"))
     score, reason = parse_self_reward("... <Score>4</Score>")                # (4, None)
+    scores, records = verdicts(judge, tokenizer, references, predictions,
+                               prompt=read_prompt("prompts/verdict.txt"))
 
 Any reward is a function (queries, answers, golds) -> (len,) fp32: yours fits in ten lines.
 The self-reward is arXiv 2509.07414's R_Q, 0..7, given by the frozen reference model as a judge.
 Left open there and decided here: an unreadable score takes the mean of its query's readable ones
-(fill_unread).
-Shapes: M pairs of query and answer, N queries, G answers a query, D hidden size, V vocabulary.
+(fill_unread). The verdict is arXiv 2509.19249's, 0 or 1: is a prediction right (rlpt.py)?
+Shapes: M pairs of texts, N queries, G answers a query, S possible scores, D hidden size.
 """
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from os.path import commonprefix
 
 import torch
 from torch import Tensor
 
+import ranks
 from cache import shared_forward
 from chat import Tokenizer, fill, fit
 from files import InputError
@@ -28,6 +34,7 @@ from tiny import world as tiny_world
 READINGS = ("generate", "expected")
 REASONS = ("no_tag", "unclosed", "not_a_score", "out_of_range", "conflict", "bad_calculation",
            "truncated")
+VERDICT_REASONS = ("no_score", "not_first", "not_a_score", "out_of_range", "conflict", "truncated")
 
 
 @torch.no_grad()
@@ -35,8 +42,9 @@ def last_hidden(model: Llama, rows: list[list[int]], groups: list, batch_tokens:
     """Hidden state at each row's last token, (len(rows), D), at most batch_tokens padded tokens a
     forward pass. groups: (len(rows),) whose rows begin alike, as the answers to one query do; what
     neighbours of a group share is computed once."""
-    out = [None] * len(rows)
-    waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    mine = ranks.share(range(len(rows)), lambda i: len(rows[i]))
+    out = model.model.embed_tokens.weight.new_empty(len(rows), model.config.hidden_size)
+    waiting = sorted(mine, key=lambda i: len(rows[i]))
     while waiting:
         batch = take_batch(waiting, lambda ids: len(ids) * len(rows[ids[-1]]), batch_tokens)
         members = {}
@@ -47,10 +55,8 @@ def last_hidden(model: Llama, rows: list[list[int]], groups: list, batch_tokens:
         rests = [rows[i][len(prompts[n]):] for i, n in zip(batch, which)]
         hidden = shared_forward(model, prompts, which, rests)                # (b, 1 + T, D)
         ends = torch.tensor([len(rest) for rest in rests], device=hidden.device)
-        last = hidden.take_along_dim(ends[:, None, None], 1)[:, 0]           # (b, D)
-        for i, state in zip(batch, last):
-            out[i] = state
-    return torch.stack(out)
+        out[batch] = hidden.take_along_dim(ends[:, None, None], 1)[:, 0]     # (b, D)
+    return ranks.gather(out[mine])
 
 
 # ---------------------------------------------------------------- reward model
@@ -87,51 +93,64 @@ class RewardModel:
 def as_rewards(values, count: int) -> Tensor:
     """What a reward returned, as (count,) fp32 on the CPU; NaN for all that is no finite number.
 
-    A NaN that reaches the update skips it, and is counted (gradient.py).
+    A NaN that reaches the update skips it, and is counted (gradient.py). Under torchrun rank 0's
+    word holds: a reward that asks a server, or draws lots, must not tell each rank another.
     """
     try:
         R = torch.as_tensor(values, dtype=torch.float32).cpu()
     except (TypeError, ValueError, OverflowError, RuntimeError):
         R = torch.tensor([])
     nan = torch.full((count,), float("nan"))
-    return torch.where(R.isfinite(), R, nan) if R.shape == (count,) else nan
+    R = torch.where(R.isfinite(), R, nan) if R.shape == (count,) else nan
+    return ranks.exchange(R)[0]
 
 
-# ---------------------------------------------------------------- self-reward
+# ---------------------------------------------------------------- a judge
 
-def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers: list[str], *,
-                prompt: str, reading: str = "generate", temperature: float = 0.0,
-                max_new_tokens: int = 256, generator: torch.Generator | None = None,
-                batch_tokens: int = 65536) -> tuple[Tensor, list[dict]]:
-    """R_Q of each pair under the judge: scores (M,) fp32, NaN where unread,
-    and a record a pair for the logs.
+@dataclass(frozen=True)
+class Scale:
+    """What a judge is asked for: the two texts that its prompt shows, how its score is written,
+    the highest one (the lowest is 0), and who reads it."""
+    places: tuple[str, str]
+    opening: str
+    highest: int
+    parse: Callable[..., tuple[int | None, str | None]]
 
-    prompt: the judge's instructions, with {instruction} and {response} to fill.
-    generate: the judge writes, parse_self_reward reads;
+
+def ask_judge(judge: Llama, tokenizer: Tokenizer, firsts: list[str], seconds: list[str], *,
+              scale: Scale, prompt: str, reading: str = "generate", temperature: float = 0.0,
+              max_new_tokens: int = 256, generator: torch.Generator | None = None,
+              batch_tokens: int = 65536) -> tuple[Tensor, list[dict]]:
+    """The judge's score of each pair of texts: (M,) fp32, NaN where unread,
+    and a record a pair for the logs. self_reward() and verdicts() are this with their own scale.
+
+    prompt: the judge's instructions, with the scale's two places to fill.
+    generate: the judge writes, the scale's parser reads;
     record: judgement (text), reason (None or why unread).
-    expected: the judge's turn is started with "<Score>" and the score is the expectation over the
-    next token among 0..7, renormalised: one forward pass, nothing to parse; record: mass, the
-    probability that these eight had. Below .5 the judge wanted to say something else. A score that
-    is not finite is unread, for the reason not_finite.
-    A pair that the judge's context does not hold is judged without the end of the answer
+    expected: the judge's turn is started with the scale's opening and the score is the expectation
+    over the next token among the scores, renormalised: one forward pass, nothing to parse; record:
+    mass, the probability that these had. Below .5 the judge wanted to say something else. A score
+    that is not finite is unread, for the reason not_finite.
+    A pair that the judge's context does not hold is judged without the end of its second text
     (chat.fit); both records say so: shortened. Both name the tokens read and written: judge_tokens.
     """
-    start = tokenizer.encode("<Score>")
+    spelt = [tokenizer.encode(f"{scale.opening}{k}") for k in range(scale.highest + 1)]
+    start = commonprefix(spelt)
     room = judge.config.max_position_embeddings - (
         len(start) if reading == "expected" else max_new_tokens)
-    turn = lambda q, a: [{"role": "user", "content": fill(prompt, instruction=q, response=a)}]
-    fitted = fit(tokenizer, list(zip(queries, answers)), turn, room)
+    shown = lambda *pair: fill(prompt, **dict(zip(scale.places, pair)))
+    turn = lambda *pair: [{"role": "user", "content": shown(*pair)}]
+    fitted = fit(tokenizer, list(zip(firsts, seconds)), turn, room)
     prompts, shortened = [ids for ids, _, _ in fitted], [cut for _, _, cut in fitted]
     if reading == "expected":
-        digits = [tokenizer.encode(str(k)) for k in range(8)]
-        if any(len(d) != 1 for d in digits):
-            raise InputError("--self-reward expected needs a tokenizer with one token "
-                             "for each of the digits 0..7")
-        hidden = last_hidden(judge, [p + start for p in prompts], queries, min(16384, batch_tokens))
+        if any(len(ids) != len(start) + 1 for ids in spelt):
+            raise InputError(f"{tokenizer.path}: the reading expected needs a tokenizer with one "
+                             f"token for each of the digits 0..{scale.highest}")
+        hidden = last_hidden(judge, [p + start for p in prompts], firsts, min(16384, batch_tokens))
         with torch.no_grad():
-            p = judge.logits(hidden).softmax(-1)[:, [d[0] for d in digits]].cpu()   # (M, 8)
+            p = judge.logits(hidden).softmax(-1)[:, [ids[-1] for ids in spelt]].cpu()   # (M, S)
         mass = p.sum(-1)                                                     # (M,)
-        scores = (p * torch.arange(8.0)).sum(-1) / mass                              # (M,)
+        scores = (p * torch.arange(len(spelt)).float()).sum(-1) / mass               # (M,)
         return scores, [{"mass": m, "shortened": cut, "judge_tokens": [len(ids), 0]}
                         | ({"reason": "not_finite"} if unread else {})
                         for m, ids, cut, unread in zip(mass.tolist(), prompts, shortened,
@@ -141,7 +160,7 @@ def self_reward(judge: Llama, tokenizer: Tokenizer, queries: list[str], answers:
     scores, records = [], []
     for (judgement,), ids, cut in zip(written, prompts, shortened):
         text = text_of(tokenizer, judgement)
-        score, reason = parse_self_reward(text, stopped=judgement.stopped)
+        score, reason = scale.parse(text, stopped=judgement.stopped)
         scores.append(float("nan") if score is None else score)
         records.append({"judgement": text, "reason": reason, "shortened": cut,
                         "judge_tokens": [len(ids), len(judgement.tokens)]})
@@ -209,6 +228,38 @@ def parse_self_reward(text: str, *, stopped: bool = True) -> tuple[int | None, s
     if "calculation" in broken:
         return None, "bad_calculation"
     return score, None
+
+
+LINE = re.compile(r"^[ \t]*+Score[ \t]*+:(.*+)$", re.MULTILINE | re.ASCII)
+
+
+def parse_verdict(text: str, *, stopped: bool = True) -> tuple[int | None, str | None]:
+    """A judgement's verdict 0 or 1 and None, or None and the reason, one of VERDICT_REASONS.
+    Total: any string, linear time.
+
+    Valid is a judgement whose first line is "Score: 0" or "Score: 1" and nothing else (blanks
+    allowed); below it may stand words, but no other score. First, because a judge that quotes what
+    it was shown before it decides could be made to quote a score.
+    stopped=False: the token limit cut the judgement off, and what its last line would have become
+    is not known.
+    """
+    text = text.strip(" \t\r\n") if stopped else text.lstrip(" \t\r\n").rpartition("\n")[0]
+    values = [value.strip(" \t\r") for value in LINE.findall(text)]
+    if not values:
+        return None, "no_score" if stopped else "truncated"
+    if not LINE.match(text):
+        return None, "not_first"
+    for value in values:
+        if not re.fullmatch(r"[01]", value):
+            return None, ("out_of_range" if re.fullmatch(r"-[0-9]+|[2-9]|[1-9][0-9]+", value)
+                          else "not_a_score")
+    return (int(values[0]), None) if len(set(values)) == 1 else (None, "conflict")
+
+
+SELF_REWARD = Scale(("instruction", "response"), "<Score>", 7, parse_self_reward)
+VERDICT = Scale(("reference", "prediction"), "Score: ", 1, parse_verdict)
+self_reward = partial(ask_judge, scale=SELF_REWARD)        # R_Q of (queries, answers)
+verdicts = partial(ask_judge, scale=VERDICT)               # of (references, predictions)
 
 
 # ---------------------------------------------------------------- verifiable rewards

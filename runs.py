@@ -103,8 +103,13 @@ def digest(path: Path, length: int | None = None) -> list[int]:
     return [count, crc]
 
 
-def fingerprint(path: Path) -> int:
-    """One number for the contents of a file, or of a model's directory (not of its folders)."""
+def fingerprint(path) -> int:
+    """One number for the contents of a file, or of a model's directory (not of its folders).
+
+    texts.Texts took its own on the one pass that it makes.
+    """
+    if not isinstance(path, Path):
+        return path.crc
     files = [path] if path.is_file() else sorted(
         file for file in path.iterdir() if file.suffix in (".json", ".jinja", ".safetensors"))
     return zlib.crc32(json.dumps([[file.name, *digest(file)] for file in files]).encode())
@@ -157,7 +162,8 @@ def new_run(s, name: str, need: int) -> "Run":
 class Run:
     """A run's folder while one process holds it: its lock, records and checkpoints.
 
-    The lock belongs to the open file, so it ends with the process, however that ends.
+    The lock belongs to the open file, so it ends with the process, however that ends. What is sent
+    to another process is without the lock, and appends nothing (ranks.py).
     """
 
     def __init__(self, folder: Path):
@@ -178,7 +184,11 @@ class Run:
         return self
 
     def __exit__(self, *error):
-        self.lock.close()
+        if self.lock:
+            self.lock.close()
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"lock": None}
 
     @contextmanager
     def writing(self, name: str):
@@ -192,10 +202,10 @@ class Run:
 
     def append(self, name: str, records: list[dict]):
         """JSON objects, a line each, in one write; NaN becomes null."""
-        text = "".join(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
-                       for record in records)
-        with self.writing(name), open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(text)
+        lines = [json.dumps(plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records]
+        file = self.folder / name if self.lock else os.devnull
+        with self.writing(name), open(file, "a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
     def begin(self, settings: dict, sources: dict[str, Path]):
         """Write config.json; when resuming, refuse if what the run began with has changed.
@@ -248,7 +258,7 @@ class Run:
         """
         state = {"step": 0, "updates": 0, "bad_steps": 0, "records": {}, **now}
         if self.checkpoint:
-            state = read_json(self.checkpoint / "state/state.json")
+            state |= read_json(self.checkpoint / "state/state.json")
         for key, value in now.items():
             if state[key] != value:
                 print(f"resuming with {key} {value}, was {state[key]}: not the same bit for bit")

@@ -25,6 +25,7 @@ from cache import Cache, prefill
 from chat import Tokenizer, fill
 from files import InputError, find_model, pick_device, prompt_file, read_prompt
 from model import Llama, load_model
+from ranks import gather, share
 from runs import Parser, run_script
 
 
@@ -77,7 +78,8 @@ def sample(model: Llama, prompts: list[list[int]], *, num_samples: int = 1,
     # a prompt's samples stay neighbours and share its prefill.
     length = lambda i: len(prompts[i // num_samples])
     room = lambda rows: len(rows) * max(length(i) + limits[i] for i in rows)
-    waiting = sorted(range(total), key=length)
+    mine = share(range(total))                                      # torchrun's ranks: ranks.py
+    waiting = sorted(mine, key=length)
     while waiting:
         rows = take_batch(waiting, room, batch_tokens)
         steps = decode(model, [prompts[i // num_samples] for i in rows],
@@ -88,9 +90,12 @@ def sample(model: Llama, prompts: list[list[int]], *, num_samples: int = 1,
             tokens[rows[inside], step] = token
             logp[rows[inside], step] = token_logp.to(logp.dtype)
     done = []
-    for said, likely, limit in zip(tokens.tolist(), logp.tolist(), limits):
+    tokens, logp = tokens.tolist(), logp.tolist()
+    for i in mine:
+        said, likely, limit = tokens[i], logp[i], limits[i]
         end = next((t + 1 for t in range(limit) if said[t] in stop_ids), limit)
         done.append(Completion(said[:end], likely[:end], said[end - 1] in stop_ids))
+    done = gather(done)
     return [done[i:i + num_samples] for i in range(0, total, num_samples)]
 
 

@@ -13,7 +13,7 @@ import lsp
 import rewards
 from chat import SURROGATE
 from files import NAMES, InputError, find_model, inside, pick_device, prompt_file, read_json
-from tiny.world import MIXES
+from tiny.world import MIXES, STORIES
 
 
 def setting(default, help, least=None, most=10**9, choices=None):
@@ -25,13 +25,14 @@ def setting(default, help, least=None, most=10**9, choices=None):
 class Settings:
     """The paper's Table 1 where it speaks; where it is silent, the help says so or why."""
     model: str = setting("tiny", "policy: a known name, a directory, a hub id, a run's checkpoint")
-    algo: str = setting("lsp", "lsp: with self-reward; lsp-zero: without; grpo: on --prompts",
-                        choices=("lsp", "lsp-zero", "grpo"))
+    algo: str = setting("lsp", "lsp: with self-reward; lsp-zero: without; grpo: on --prompts; "
+                        "rlpt: on --text", choices=("lsp", "lsp-zero", "grpo", "rlpt"))
     reward: str = setting("skywork-v2-3b", "R: a reward model's name, directory or hub id; exact "
                           "(last number against the gold answer); tiny (the embedded sums)")
     reward_scale: float = setting(1.0, "R is multiplied by it, to stand beside R_Q's 0..7", 0)
     reference: str | None = setting(None, "frozen model of the KL term (default: the start)")
-    judge: str | None = setting(None, "frozen model of the self-reward (default: the reference)")
+    judge: str | None = setting(None, "frozen model of the self-reward, or of rlpt's verdict "
+                                "(default: the reference)")
     self_reward: str | None = setting(None, "how the judge is read: generate (it writes, we parse; "
                                       "the paper's, and lsp's default) or expected (expectation "
                                       "over the score's token)", choices=rewards.READINGS)
@@ -43,6 +44,22 @@ class Settings:
     prompts: str | None = setting(None, "grpo: JSON list or JSON lines with instruction, question, "
                                   "problem or prompt; in the embedded world easy or balanced")
 
+    text: str | None = setting(None, "rlpt: a .txt file, JSON lines with text, or a folder of "
+                             "such; stories: those of the embedded world")
+    msr_weight: float = setting(0.5, "rlpt: lambda, MSR tasks for each ASR task (not in the paper)",
+                                0)
+    min_segment: int = setting(10, "rlpt: characters; shorter sentences are dropped (not in the "
+                               "paper)", 1)
+    reference_segments: int = setting(3, "rlpt: sentences that the judge is shown (not in the "
+                                      "paper)", 1, 100)
+    min_prediction: int = setting(1, "rlpt: whole sentences; 0: any beginning, however short, may "
+                                  "earn the reward", 0, 100)
+    verdict: str | None = setting(None, "rlpt: how the judge is read: generate (the paper's, and "
+                                  "the default) or expected (the probability of a 1)",
+                                  choices=rewards.READINGS)
+    strict: bool = setting(False, "rlpt: right is the content of just one sentence (the paper's "
+                           "earlier rule)")
+
     queries: int = setting(8, "N, queries a step", 1, 10**5)
     answers: int = setting(8, "G, answers a query (the paper does not say)", 2, 10**5)
     steps: int = setting(500, "iterations, one gradient step each", 1, 10**7)
@@ -51,7 +68,8 @@ class Settings:
     alpha_ch: float = setting(1.0, "weight of the Challenger's loss (the paper does not say)", 0)
     temperature: float = setting(1.0, "of queries and answers, in sampling and log-probs alike",
                                  0.001, 1000)
-    query_tokens: int = setting(256, "longest query", 1)
+    query_tokens: int = setting(256, "longest query; rlpt: longest prompt, its context loses its "
+                                "beginning to fit", 1)
     answer_tokens: int = setting(512, "longest answer", 1)
     judge_tokens: int = setting(256, "longest judgement", 1)
     mask_truncated: bool = setting(False, "leave cut-off queries and answers out of the loss")
@@ -87,19 +105,33 @@ class Settings:
     dry_run: bool = setting(False, "tell what the run needs of memory, time and disk, from "
                             "config.json files alone; exit code 3 where it does not fit")
 
+    @property
+    def reading(self) -> str | None:
+        """How the judge of lsp or rlpt is read; None: nobody judges."""
+        return self.self_reward or self.verdict
 
-ALGOS = {"lsp": {"self_reward": "generate"}, "lsp-zero": {}, "grpo": {"learning_rate": 1e-6}}
+
+ALGOS = {"lsp": {"self_reward": "generate"}, "lsp-zero": {}, "grpo": {"learning_rate": 1e-6},
+         "rlpt": {"learning_rate": 1e-6, "final_lr_share": 1.0, "beta": 0.0, "verdict": "generate",
+                  "query_tokens": 1024, "judge_tokens": 16}}
 GPU = {"checkpointing": True}
 MODELS = {"llama-3.2-1b": {"reward": "skywork-v2-1b"} | GPU, "llama-3.2-3b": GPU}
-STRANGERS_MAY_SET = ("task", "template", "reward", "mask_truncated", "checkpointing")
+CHALLENGED, JUDGED = ("lsp", "lsp-zero"), ("lsp", "rlpt")
+STRANGERS_MAY_SET = ("text", "task", "template", "reward", "mask_truncated", "checkpointing")
 # Flags that name something which only some runs use; given to another run, they are refused.
 # Numbers are not: one command line may serve a sweep over algorithms.
 NEEDS = {
     "a Challenger: --algo lsp or lsp-zero": (
-        lambda s: s.algo != "grpo", ("task", "template", "challenger_prompt")),
-    "a judge: --algo lsp": (lambda s: s.algo == "lsp", ("judge", "self_reward_prompt")),
+        lambda s: s.algo in CHALLENGED, ("task", "template", "challenger_prompt")),
+    "a judge: --algo lsp or rlpt": (lambda s: s.algo in JUDGED, ("judge",)),
+    "a self-reward: --algo lsp": (lambda s: s.algo == "lsp", ("self_reward_prompt",)),
+    "plain text: --algo rlpt": (lambda s: s.algo == "rlpt", ("text", "verdict", "strict")),
+    "queries to answer: another --algo than rlpt": (
+        lambda s: s.algo != "rlpt", ("eval_prompts",)),
+    "queries to answer, or the embedded stories": (
+        lambda s: s.algo != "rlpt" or (s.reward, s.text) == ("tiny", STORIES), ("reward",)),
     "a KL term, --beta above 0, or a judge": (
-        lambda s: s.beta > 0 or s.algo == "lsp" and not s.judge, ("reference",)),
+        lambda s: s.beta > 0 or s.algo in JUDGED and not s.judge, ("reference",)),
     "a run that trains: no --watch": (lambda s: not s.watch, ("out", "eval_prompts")),
     "a GPU, or --dry-run": (
         lambda s: s.dry_run or pick_device(s.device)[0].type == "cuda", ("gpu_memory",)),
@@ -123,6 +155,10 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     named = set(given)                                           # on the command line itself
     if given.get("requeue") and not given.get("out"):
         raise InputError("--requeue needs --out: the folder to go on in, or to begin")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not (
+            given.get("requeue") or given.get("resume")):
+        raise InputError("torchrun --max-restarts needs --out RUN --requeue, so that a restart "
+                         "knows what to go on with")
     commands = [key for key in COMMANDS[:5] if given.get(key)]
     if len(commands) > 1 or given.get("resume") and given.get("out"):
         raise InputError("give one of --resume RUN, --requeue, --overwrite, --watch, --dry-run"
@@ -131,14 +167,16 @@ def resolve(given: dict) -> tuple[Settings, dict]:
         given = given | {"resume": given["out"]}
     if given.get("resume"):
         given = continued(Path(given["resume"]), given)
-    name = given.get("model", Settings.model)
+    name = given.get("model", "tiny-rlpt" if given.get("algo") == "rlpt" else Settings.model)
     path = find_model(name, weights=not given.get("dry_run"))
     preset = MODELS.get(name, {})
     file = inside(path, "training.json")
     if file.exists():
         preset = preset | read_preset(file)
     algo = given.get("algo", preset.get("algo", Settings.algo))
-    s = Settings(**ALGOS[algo] | preset | given)
+    s = Settings(**{"model": name} | ALGOS[algo] | preset | given)
+    if s.algo == "rlpt" and "reward" not in given:      # whatever the model's preset plays for
+        s.reward = "verdict"
     for needs, (met, flags) in NEEDS.items():
         for flag in flags if not met(s) else ():
             if flag in named:
@@ -159,7 +197,8 @@ def read_preset(file: Path) -> dict:
         number = f.type in (int, float)
         if f.name in preset and not number and not f.metadata["choices"] and (
                 f.name not in STRANGERS_MAY_SET
-                or f.name == "reward" and value not in (*rewards.VERIFIABLE, *NAMES)):
+                or f.name == "reward" and value not in (*rewards.VERIFIABLE, *NAMES)
+                or f.name == "text" and value != STORIES):
             raise InputError(f"{file}: {f.name} can be set on the command line alone")
         if f.name in preset:
             check_range(f"{file}: {f.name}", f, value)
@@ -225,15 +264,22 @@ def check(s: Settings):
     if s.algo == "grpo" and s.prompts in MIXES and s.reward != "tiny":
         raise InputError(f"--prompts {s.prompts} belongs to the embedded world: give a file")
     if s.algo != "grpo" and s.prompts:
-        raise InputError(f"--prompts is for --algo grpo; {s.algo}'s queries are the Challenger's")
-    if s.algo != "grpo" and s.queries < 2:
+        raise InputError(f"--prompts is for --algo grpo; {s.algo}'s queries are "
+                         + ("made of --text" if s.algo == "rlpt" else "the Challenger's"))
+    if s.algo in CHALLENGED and s.queries < 2:
         raise InputError(f"--queries {s.queries}: the Challenger's advantage compares queries: "
                          "at least 2")
-    if s.algo != "grpo" and s.reward in rewards.NEED_GOLD:
+    if s.algo in CHALLENGED and s.reward in rewards.NEED_GOLD:
         raise InputError(f"--reward {s.reward} needs gold answers, which a Challenger's query "
                          "lacks: --algo grpo")
     if s.algo != "lsp" and s.self_reward:
         raise InputError(f"--self-reward is for --algo lsp; {s.algo} has none")
+    if s.algo != "rlpt" and s.verdict:
+        raise InputError(f"--verdict is for --algo rlpt; {s.algo} has none")
+    if s.algo == "rlpt" and not s.text:
+        raise InputError("--algo rlpt learns from plain text: give --text FILE_OR_FOLDER")
+    if s.strict and s.reference_segments != Settings.reference_segments:
+        raise InputError("--strict compares with one sentence: no --reference-segments")
 
 
 def run_name(s: Settings) -> str:

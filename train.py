@@ -1,10 +1,13 @@
-"""Train a Llama by Language Self-Play (arXiv 2509.07414, Algorithm 1), or by GRPO on given prompts.
+"""Train a Llama by Language Self-Play (arXiv 2509.07414, Algorithm 1), or by GRPO on given prompts
+or (RLPT, arXiv 2509.19249; rlpt.py) on plain text.
 
     python train.py                                        # the embedded model, a minute on a CPU
     python train.py --model llama-3.2-3b                   # LSP at the paper's settings, one GPU
     python train.py --model llama-3.2-3b --algo lsp-zero   # the bare zero-sum game
     python train.py --model llama-3.2-3b --algo grpo --prompts alpaca.json
+    python train.py --model llama-3.2-3b --algo rlpt --text books/
     python train.py --model runs/A/checkpoint --algo grpo --prompts alpaca.json    # a second stage
+    torchrun --nproc-per-node 8 train.py --model llama-3.2-3b    # on eight GPUs (ranks.py)
     python train.py --watch                                # one round as a transcript, no update
     python train.py --resume runs/A                        # as if it had never been stopped
 
@@ -25,6 +28,7 @@ from torch import Tensor
 
 import log
 import lsp
+import ranks
 import report
 import rewards
 import runs
@@ -37,6 +41,7 @@ from gradient import Row, accumulate, culprits, refer, unsound
 from memory import MasterAdamW
 from model import save_model
 from phases import StopRequest, out_of_memory
+from rlpt import draw_episodes
 from sample import Completion, sample, text_of
 from settings import Settings, resolve, run_name
 
@@ -47,6 +52,7 @@ class Round:
     """One round of play. Tensors and lists of N queries, and of N groups of G answers."""
     queries: list[str]                     # as they were asked (see `shortened`)
     golds: list[str | None]
+    kinds: list[str] | None                # rlpt: of task, asr or msr
     query_rows: list[Completion]           # (N), empty where the queries are data
     solver_prompts: list[list[int]]        # (N)
     answer_rows: list[list[Completion]]    # (N, G)
@@ -69,8 +75,12 @@ def play(game: Game, step: int) -> Round:
                  batch_tokens=s.batch_tokens)
 
     # Challenge: q ~ pi_Ch(q) = pi(q | <cp>). The query is all that was written, and nothing else.
-    if game.data:
-        query_rows = []
+    # In rlpt and grpo the queries are given.
+    query_rows, golds, kinds, shortened = [], [None] * s.queries, None, {}
+    if game.texts:
+        queries, golds, kinds, cut = map(list, zip(*draw_episodes(game, step)))
+        shortened["contexts"] = sum(cut)
+    elif game.data:
         queries, golds = map(list, zip(*draw(game.data, s.queries, s.seed, step)))
     else:
         with phase("challenge", game.policy):
@@ -78,7 +88,6 @@ def play(game: Game, step: int) -> Round:
                                    max_new_tokens=s.query_tokens,
                                    generator=generator(s.seed, step, CHALLENGE), **speak)
         queries = [text_of(game.tokenizer, row) for row in query_rows]
-        golds = [None] * s.queries
 
     # Solve: a ~ pi_Sol(a|q) = pi(a | q as a plain user turn), G times. A query whose text takes
     # more tokens than the Challenger wrote, more than the context holds, is asked without its end.
@@ -87,24 +96,29 @@ def play(game: Game, step: int) -> Round:
                      lambda q: [{"role": "user", "content": q}],
                      game.policy.config.max_position_embeddings - s.answer_tokens)
         solver_prompts, queries = [ids for ids, _, _ in fitted], [q for _, (q,), _ in fitted]
-        shortened = {"queries": sum(cut for _, _, cut in fitted)}
+        shortened["queries"] = sum(cut for _, _, cut in fitted)
         answer_rows = sample(game.policy, solver_prompts, num_samples=G,
                              max_new_tokens=s.answer_tokens,
                              generator=generator(s.seed, step, SOLVE), **speak)
         answers = [[text_of(game.tokenizer, row) for row in group] for group in answer_rows]
 
-    # Score: R(q, a), and in lsp the judge's R_Q(q, a). The same pair is scored once.
+    # Score: R(q, a), in rlpt the judge's verdict, and in lsp its R_Q(q, a). The same pair is scored
+    # once.
     triples = [(q, a, gold) for q, gold, group in zip(queries, golds, answers) for a in group]
     number = {t: i for i, t in enumerate(dict.fromkeys(triples))}    # of each distinct one
     at = torch.tensor([number[t] for t in triples]).view(-1, G)                      # (N, G)
     asked, answered, gold = map(list, zip(*number))
-    with phase("reward", game.scorer):
+    R_Q, judgements = None, []
+    with phase("judge" if s.verdict else "reward", game.scorer):
+        if s.verdict:
+            game.reward.generator = generator(s.seed, step, JUDGE)
         R = rewards.as_rewards(game.reward(asked, answered, gold), len(asked))[at]   # (N, G)
     if s.reward in rewards.VERIFIABLE:     # cut off is not answered: "#### 4" may be half of 42
         R = R * torch.tensor([[row.stopped for row in group] for group in answer_rows])
     shortened["rewarded"] = getattr(game.reward, "shortened", 0)
-    R_Q, judgements = None, []
-    if game.judge is not None:
+    if s.verdict:
+        judgements = [game.reward.records[i] for i in at.flatten().tolist()]
+    elif game.judge is not None:
         if s.judge_temperature and s.self_reward == "generate":      # drawn anew for each
             at = torch.arange(len(triples)).view(-1, G)
             asked, answered, _ = map(list, zip(*triples))
@@ -127,7 +141,7 @@ def play(game: Game, step: int) -> Round:
     A_ch = torch.zeros(len(queries)) if query_rows else None                         # (N,)
     if query_rows and kept.sum() >= 2:
         A_ch[kept] = lsp.challenger_advantages(s.reward_scale * R[kept], quality)    # Eq. 3
-    return Round(queries, golds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
+    return Round(queries, golds, kinds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
                  judgements, kept, A_sol, A_ch, shortened, phase.seconds)
 
 
@@ -148,10 +162,11 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
     """
     s = game.settings
     kept = r.kept.nonzero()[:, 0].tolist()
+    mine = ranks.share(kept, lambda n: sum(len(row.tokens) for row in r.answer_rows[n]))
     solver = [Row(r.solver_prompts[n], completion, advantage.item())
-              for n in kept for completion, advantage in zip(r.answer_rows[n], r.A_sol[n])]
+              for n in mine for completion, advantage in zip(r.answer_rows[n], r.A_sol[n])]
     challenger = [Row(game.challenger_prompt, r.query_rows[n], r.A_ch[n].item())
-                  for n in kept if r.query_rows]
+                  for n in mine if r.query_rows]
     sol, ch, loss, norm = Counter(), Counter(), None, None
     rate = learning_rate(s, step)
     faults = unsound(r)
@@ -161,12 +176,13 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
             refer(game, challenger)
     with game.phase("update", game.policy):
         if not faults:
-            sol, ch = differentiate(game, optimizer, solver, challenger)
+            sol, ch = differentiate(game, optimizer, solver, challenger, len(kept))
             loss = sol["loss"] + s.alpha_ch * ch["loss"]
             if math.isfinite(loss):
                 norm = optimizer.step(rate, s.grad_clip)
             if norm is None or not math.isfinite(norm):
-                faults = culprits(game, optimizer, kept, solver, challenger)
+                faults = ranks.gather(culprits(game, optimizer, mine, solver, challenger)) or [
+                    {"query": None, "answer": None, "what": "gradient of all samples together"}]
     mean = lambda key, per, sums: sums[key] / sums[per] if sums[per] else None
     entropy = lambda sums: -sums["logp"] / sums["tokens"] if sums["tokens"] else None
     tokens = sol["tokens"] + ch["tokens"]
@@ -180,17 +196,30 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
     }
 
 
-def differentiate(game: Game, optimizer: MasterAdamW, solver: list[Row],
-                  challenger: list[Row]) -> tuple[Counter, Counter]:
-    """Add up the gradient of L; out of memory, once more with half the micro-batch."""
-    s = game.settings
+def differentiate(game: Game, optimizer: MasterAdamW, solver: list[Row], challenger: list[Row],
+                  count: int) -> tuple[Counter, Counter]:
+    """Add up the gradient of L; out of memory, once more with half the micro-batch.
+
+    count: queries that are learnt from, of which these rows are all, or under torchrun this rank's.
+    """
+    s, G = game.settings, game.settings.answers
     for last in (False, True):
+        sums = None
         try:
-            sol = accumulate(game, solver, 1.0)                      # Eq. 4
-            return sol, accumulate(game, challenger, s.alpha_ch)     # Eq. 5
+            sums = (accumulate(game, solver, 1.0, count * G),                # Eq. 4
+                    accumulate(game, challenger, s.alpha_ch, count))         # Eq. 5
         except (RuntimeError, MemoryError) as error:
             if last or not out_of_memory(error):
                 raise
+        everyones = ranks.exchange(sums)
+        if None not in everyones:
+            if count:
+                ranks.add_up(optimizer.params)
+            sol, ch = Counter(), Counter()
+            for one, other in everyones:
+                sol.update(one)
+                ch.update(other)
+            return sol, ch
         optimizer.discard()                # out here: the error held on to the pass's tensors
         torch.cuda.empty_cache()
         s.micro_batch_tokens = max(1, s.micro_batch_tokens // 2)
@@ -204,8 +233,13 @@ def train(s: Settings, preset: dict):
     """Begin a run, or go on with one, and play until the last step, a signal or a fault."""
     if s.dry_run:
         sys.exit(report.dry_run(s))
-    run = runs.Run(Path(s.resume)) if s.resume else None     # its lock, from here on
-    game = set_up(s, run.newest_whole() if run else None)
+
+    def reopen():
+        run = runs.Run(Path(s.resume))                       # its lock, from here on
+        run.newest_whole()
+        return run
+    run = ranks.first(reopen) if s.resume else None
+    game = set_up(s, run.checkpoint if run else None)
     device, dtype = pick_device(s.device)
     if s.watch:
         game.policy.to(dtype)
@@ -213,12 +247,14 @@ def train(s: Settings, preset: dict):
         return
     game.policy.carried["training.json"] = json.dumps(preset, indent=2).encode()
     optimizer = MasterAdamW(game.policy, dtype, weight_decay=s.weight_decay, offload=s.offload)
-    run = run or runs.new_run(s, run_name(s), optimizer.bytes_on_disk())
+    need = optimizer.bytes_on_disk()
+    run = run or ranks.first(lambda: runs.new_run(s, run_name(s), need))
     with run, StopRequest() as game.phase.stop:
-        run.begin(asdict(s), game.sources)
+        ranks.first(lambda: run.begin(asdict(s), game.sources))
         print("\n".join(f"{k} = {value}" for k, value in asdict(s).items() if value is not None))
         print(report.opening(s))
-        state = run.restore(s.keep, torch=torch.__version__, device=device.type)
+        now = {"torch": torch.__version__, "device": device.type, "ranks": ranks.world()}
+        state = ranks.first(lambda: run.restore(s.keep, **now))
         if run.checkpoint:
             optimizer.load(run.checkpoint / "state", state["updates"])
         if s.resume:
@@ -260,8 +296,9 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
             save_model(game.policy, folder)
             optimizer.save(folder / "state")
         now = {"updates": optimizer.updates, "bad_steps": bad_steps,
-               "torch": state["torch"], "device": state["device"]}
-        run.save(step, now, write, need=optimizer.bytes_on_disk(), keep=s.keep)
+               "torch": state["torch"], "device": state["device"], "ranks": state["ranks"]}
+        ranks.alike(optimizer.masters)
+        ranks.first(lambda: run.save(step, now, write, need=optimizer.bytes_on_disk(), keep=s.keep))
         saved = step
 
     try:
@@ -293,19 +330,20 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
                                       + log.fault_text(learnt["faults"]))
             if step % s.save_every == 0 or step == s.steps:
                 save()
-    except runs.RunStopped as reason:
-        if not reason.can_save:
-            raise
+    except runs.RunStopped as error:
+        reason = ranks.agreed(error)
+        if not getattr(reason, "can_save", False):
+            raise reason from None
         save()
         raise runs.RunStopped(f"{reason}; {run.how_to_go_on()}", reason.code) from None
     print(log.closing_lines(out, evals))
 
 
 def main():
-    parser = runs.Parser(description="Language Self-Play, LSP-Zero and GRPO on one Llama.")
+    parser = runs.Parser(description="Language Self-Play, LSP-Zero, GRPO and RLPT on one Llama.")
     runs.add_flags(parser, Settings)
     train(*resolve(vars(parser.parse_args())))
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    runs.run_script(lambda: ranks.together(main))

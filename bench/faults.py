@@ -1,6 +1,6 @@
 """Kill, starve and corrupt runs at random moments; each must end as if nothing had happened.
 
-    python bench/faults.py                    # the table of README.md; minutes are in its JSON line
+    python bench/faults.py                    # bench/README.md's table; minutes are in its JSON
     python bench/faults.py --quick            # 8 kills and one of everything else, for the tests
 
 Every life of a run is a process of its own (forked, so that it need not import torch again) that
@@ -30,6 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
 from checkpoints import write_checkpoint  # noqa: E402
 
+import log  # noqa: E402
 import phases  # noqa: E402
 import rewards  # noqa: E402
 import runs  # noqa: E402
@@ -126,10 +127,8 @@ def left(out: Path) -> dict[str, bytes | str]:
     held["state"] = {key: state[key] for key in ("step", "updates", "bad_steps")}
     for name in runs.RECORDS:
         held[name] = (out / name).read_bytes() if (out / name).exists() else None
-    clock = ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "bandwidth_share",
-             "flops_share")
     held["metrics.jsonl"] = [
-        {key: value for key, value in json.loads(line).items() if key not in clock}
+        {key: value for key, value in json.loads(line).items() if key not in log.TIMED}
         for line in held["metrics.jsonl"].splitlines()]
     return held
 
@@ -273,8 +272,8 @@ def injection(kind: str, step: int, bad: float):
                 r.answer_rows[0][1].logp[0] = bad
             return r
 
-        def spoilt(game, rows, weight):
-            sums = accumulate(game, rows, weight)
+        def spoilt(game, rows, weight, count=None):
+            sums = accumulate(game, rows, weight, count)
             mine = any(row.prompt == spoilt.prompt for row in rows) if rows else False
             if game.at == step and mine and kind == "gradient":
                 next(game.policy.parameters()).grad[0, 0] = bad
@@ -282,9 +281,9 @@ def injection(kind: str, step: int, bad: float):
                 sums["loss"] = bad
             return sums
 
-        def first(game, optimizer, solver, challenger):
+        def first(game, optimizer, solver, challenger, count):
             spoilt.prompt = solver[0].prompt
-            return differentiate(game, optimizer, solver, challenger)
+            return differentiate(game, optimizer, solver, challenger, count)
         differentiate, train.differentiate = train.differentiate, first
         train.play, train.accumulate, phases.accumulate = spoilt_play, spoilt, spoilt
     return spoil

@@ -388,7 +388,7 @@ def loaders(name: str, count: int, seed: int) -> dict:
 # ---------------------------------------------------------------- the campaign
 
 def table(report: dict) -> list[str]:
-    """README.md's two tables."""
+    """bench/README.md's two tables."""
     lines = ["| parser | strings | failures | worst, ms | 1 MB of words, ms | worst 1 MB, ms "
              "| twice the input, times |", "|---" * 7 + "|"]
     for name, row in report.get("strings", {}).items():

@@ -12,6 +12,7 @@ beside transformers' generate. logp: sampler against trainer. attention: which k
 best of ten copies of 1 GiB and of ten bf16 products of 8,192 squared, or 85 % of the data sheet
 where that is more.
 """
+import gc
 import json
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import torch
 from measure import ROOT, Load
 from torch.profiler import ProfilerActivity, profile
 
+import report
 from chat import Tokenizer
 from files import InputError, pick_device
 from game import Game
@@ -37,7 +39,7 @@ from results import append_line
 from rewards import RewardModel
 from runs import Parser, run_script
 from sample import Completion, sample
-from settings import ALGOS, Settings
+from settings import ALGOS, MODELS, Settings, resolve
 from train import play, update
 
 SECTIONS = ("attention", "decode", "update", "logp", "step")
@@ -54,8 +56,12 @@ CHALLENGER, TEMPLATE, RUBRIC = 298, 35, (299, 37)
 
 # ---------------------------------------------------------------- random models
 
+def load(args, **more) -> Load:
+    return Load(args.shape, layers=args.layers, vocabulary=args.vocabulary, **more)
+
+
 def config_of(args, *, head: bool = False) -> dict:
-    raw = measure.config_of(Load(args.shape, layers=args.layers)) | {"torch_dtype": "bfloat16"}
+    raw = measure.config_of(load(args)) | {"torch_dtype": "bfloat16"}
     scalar = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"}}
     return raw | (scalar if head else {})
 
@@ -75,9 +81,8 @@ def random_llama(args, *, seed: int, dtype=None, head: bool = False) -> Llama:
 
 
 def random_rows(args, prompts: int, group: int, prompt: int, new: int) -> list[Row]:
-    load = Load(args.shape, prompts=prompts, group=group)
-    asked = measure.random_tokens(load, prompts, prompt, seed=1)
-    said = measure.random_tokens(load, load.rows, new, seed=2)
+    asked = measure.random_tokens(load(args), prompts, prompt, seed=1)
+    said = measure.random_tokens(load(args), prompts * group, new, seed=2)
     g = torch.Generator().manual_seed(2)
     return [Row(asked[i // group], Completion(ids, [-1.0] * new, False),
                 torch.randn((), generator=g).item()) for i, ids in enumerate(said)]
@@ -139,48 +144,50 @@ def raised(found: dict, name: str) -> dict:
 
 
 class Measured(Phases):
-    """Phases that wait for the GPU at their end, and note the peak of what tensors held, GB."""
+    """Phases that wait for the GPU at their end, and note what PyTorch kept from others, GB."""
 
     def __init__(self, args):
         super().__init__()
-        self.args, self.peaks, self.reserved = args, {}, {}
+        self.args, self.reserved = args, {}
 
     @contextmanager
     def __call__(self, name: str, model=None):
-        cuda = self.args.where.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
         with super().__call__(name, model):
             yield
             wait(self.args)
-        self.peaks[name] = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
-        self.reserved[name] = torch.cuda.max_memory_reserved() / 1e9 if cuda else None
+        self.reserved[name] = torch.cuda.max_memory_reserved() / 1e9 if (
+            self.args.where.type == "cuda") else None
 
 
 # ---------------------------------------------------------------- step
 
-def step_game(args, limit: float, folder: Path) -> tuple[Game, MasterAdamW]:
+def step_settings(args, limit: float) -> Settings:
+    """Those of train.py --model SHAPE --gpu-memory LIMIT --offload, with the sizes that the budget
+    chooses; of a shape without a preset the defaults."""
+    sizes = ("query_tokens", "answer_tokens", "judge_tokens", "batch_tokens", "micro_batch_tokens")
+    given = {key: getattr(args, key) for key in sizes if getattr(args, key)}
+    given |= {"model": args.shape, "offload": limit < 80}
+    if args.shape in MODELS:
+        return resolve(given | {"gpu_memory": limit, "dry_run": True})[0]
+    return Settings(checkpointing=True, **ALGOS["lsp"], **given)
+
+
+def step_game(args, s: Settings, folder: Path) -> tuple[Game, MasterAdamW]:
     """What train.set_up() makes, around random models; frozen ones leave the device at once."""
-    offload = limit < 80
-    s = Settings(model=args.shape, offload=offload, steps=2, query_tokens=args.query_tokens,
-                 answer_tokens=args.answer_tokens, judge_tokens=args.judge_tokens,
-                 **ALGOS["lsp"], checkpointing=True, batch_tokens=args.batch_tokens,
-                 micro_batch_tokens=args.micro_batch_tokens or (8192 if limit >= 40 else 2048))
-    tokenizer = words(folder, args)
+    offload, tokenizer = s.offload, words(folder, args)
     text = lambda count: " ".join(["w2"] * count)
     game = Game(s, None, tokenizer, None, phase=Measured(args), judge_tokenizer=tokenizer,
                 judge_prompt=f"{text(RUBRIC[0])} {{instruction}} {{response}} {text(RUBRIC[1])}",
                 challenger_prompt=[2] * CHALLENGER)
     scorer = object.__new__(RewardModel)           # __init__ reads files
     scorer.tokenizer, scorer.shortened = tokenizer, 0
-    scorer.batch_tokens = min(16384, s.batch_tokens)
-    game.reward, made = scorer, {}
-    for name, how in (("model", {"head": True, "seed": 1}), ("reference", {"seed": 2})):
-        made[name] = random_llama(args, **how)
-        if offload:
-            rest(made[name])
-    scorer.model, game.reference = made["model"], made["reference"]
-    game.judge = game.reference
+    scorer.batch_tokens, game.reward = min(16384, s.batch_tokens), scorer
+    scorer.model = random_llama(args, head=True, seed=1)
+    if offload:
+        rest(scorer.model)                         # before the next one is made
+    game.reference = game.judge = random_llama(args, seed=2)
+    if offload:
+        rest(game.reference)
     game.policy = random_llama(args, seed=2, dtype=torch.float32)
     game.policy.checkpointing = s.checkpointing
     if offload:
@@ -196,7 +203,9 @@ def step_child(args) -> list[dict]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total))
     with tempfile.TemporaryDirectory() as folder:
-        game, optimizer = step_game(args, limit, Path(folder))
+        s = step_settings(args, limit)
+        game, optimizer = step_game(args, s, Path(folder))
+    estimated = report.peaks_gb(s) if args.shape in MODELS else None
     every = max(1, round(args.mean_tokens))
     ends = set(range(0, config_of(args)["vocab_size"], every))        # each token: 1 in `every`
     for step, (lengths, stops, temperature) in enumerate((
@@ -212,18 +221,19 @@ def step_child(args) -> list[dict]:
         tokens = {"challenge": count(r.query_rows), "solve": sum(map(count, r.answer_rows)),
                   "judge": sum(len(j["judgement"].split()) for j in r.judgements)}
         rows.append({
-            "limit_gb": limit, "offload": game.settings.offload, "lengths": lengths,
-            "seconds": whole, "phase_seconds": dict(game.phase.seconds),
-            "peak_gb": dict(game.phase.peaks), "reserved_gb": dict(game.phase.reserved),
-            "tokens": tokens, "logp_gap": m["logp_gap"],
-            "faults": m["faults"], "micro_batch_tokens": game.settings.micro_batch_tokens})
+            "limit_gb": limit, "offload": s.offload, "lengths": lengths, "seconds": whole,
+            "phase_seconds": dict(game.phase.seconds), "peak_gb": dict(game.phase.peak_gb),
+            "reserved_gb": dict(game.phase.reserved), "budget_gb": estimated, "tokens": tokens,
+            "logp_gap": m["logp_gap"], "faults": m["faults"], "batch_tokens": s.batch_tokens,
+            "micro_batch_tokens": s.micro_batch_tokens})
     return rows[1:]
 
 
 def step_section(args, bound) -> tuple[list[dict], str]:
     rows = []
     for limit in args.limits:
-        flags = {"shape": args.shape, "layers": args.layers, "device": args.device,
+        flags = {"shape": args.shape, "layers": args.layers, "vocabulary": args.vocabulary,
+                 "device": args.device,
                  "dtype": str(args.dtype).removeprefix("torch."),
                  "micro-batch-tokens": args.micro_batch_tokens, "batch-tokens": args.batch_tokens,
                  "query-tokens": args.query_tokens, "answer-tokens": args.answer_tokens,
@@ -236,10 +246,11 @@ def step_section(args, bound) -> tuple[list[dict], str]:
     lines = [(f"{r['limit_gb']:g}", r.get("skipped") or r["lengths"], phase,
               f"{r['phase_seconds'][phase]:.2f}" if phase else "",
               number(r["peak_gb"][phase], ".1f") if phase else "",
+              number((r["budget_gb"] or {}).get(phase), ".1f") if phase else "",
               number(r["reserved_gb"][phase], ".1f") if phase else "")
              for r in rows for phase in r.get("phase_seconds", [""])]
     return rows, measure.markdown(("limit GB", "lengths", "phase", "seconds", "peak GB",
-                                   "reserved GB"), lines)
+                                   "budget GB", "reserved GB"), lines)
 
 
 # ---------------------------------------------------------------- decode
@@ -249,7 +260,7 @@ def decode_section(args, bound) -> tuple[list[dict], str]:
     prompt, new, rows = args.prompt_tokens, args.new_tokens, []
     for batch in (1, 64):
         group = min(8, batch)
-        prompts = measure.random_tokens(Load(args.shape), batch // group, prompt, seed=1)
+        prompts = measure.random_tokens(load(args), batch // group, prompt, seed=1)
         for side in ("ours", "transformers", *(["ours, compiled"] if args.compile else [])):
             if measure.missing(side.split(",")[0]):
                 rows.append({"batch": batch, "side": side, "skipped": measure.missing(side)})
@@ -327,7 +338,7 @@ def update_section(args, bound) -> tuple[list[dict], str]:
     """
     rows = random_rows(args, args.queries, args.queries, args.query_tokens + TEMPLATE,
                        args.answer_tokens)
-    body, head = measure.sizes(Load(args.shape, layers=args.layers))
+    body, head = measure.sizes(load(args))
     said = len(rows) * args.answer_tokens
     read = said - len(rows) + args.queries * (args.query_tokens + TEMPLATE)
     forward = 2.0 * (body * read + head * said)
@@ -380,7 +391,7 @@ def logp_section(args, bound) -> tuple[list[dict], str]:
     """The sampler's log-probs against the trainer's, at temperature 1: |difference|, nats a token.
     Beside them a second pass of the trainer's in batches of another make-up, which rounds anew."""
     model = random_llama(args, seed=2)
-    prompts = measure.random_tokens(Load(args.shape), 8, args.prompt_tokens, seed=1)
+    prompts = measure.random_tokens(load(args), 8, args.prompt_tokens, seed=1)
     groups = sample(model, prompts, num_samples=8, max_new_tokens=args.new_tokens,
                     generator=torch.Generator().manual_seed(0))
     rows = [Row(p, c, 1.0) for p, group in zip(prompts, groups) for c in group]
@@ -439,6 +450,7 @@ def number(x, form: str) -> str:
 
 
 def release(args):
+    gc.collect()
     if args.where.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -447,6 +459,7 @@ def main():
     parser = Parser(description="One GPU, exact shapes, random weights.")
     parser.add_argument("--shape", choices=list(measure.SHAPES), default="llama-3.2-3b")
     parser.add_argument("--layers", type=int, help="cut the shape's depth (default: all)")
+    parser.add_argument("--vocabulary", type=int, help="cut the shape's (default: all)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the device's")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
@@ -460,8 +473,8 @@ def main():
             ("mean-tokens", 160, "step: mean of the geometric lengths"),
             ("prompt-tokens", 128, "decode, logp, attention: a prompt"),
             ("new-tokens", 256, "decode, logp, attention: a completion"),
-            ("batch-tokens", 65536, "as train.py's"),
-            ("micro-batch-tokens", None, "as train.py's (8192; 2048 below 40 GB)")):
+            ("batch-tokens", None, "step: as train.py's (default: the budget's choice)"),
+            ("micro-batch-tokens", None, "step: the same; update: 8192")):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument("--out", help="file to which the JSON lines are appended")
     parser.add_argument("--child", action="store_true", help="step: one limit, in this process")
@@ -484,7 +497,8 @@ def main():
         begun = time.perf_counter()
         rows, table = run[name](args, bound)
         line = {"benchmark": "gpu", "section": name, "date": str(date.today()),
-                "shape": args.shape, "layers": args.layers, "torch": torch.__version__,
+                "shape": args.shape, "layers": args.layers, "vocabulary": args.vocabulary,
+                "torch": torch.__version__,
                 "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
                 "dtype": str(args.dtype), "seconds": time.perf_counter() - begun,
                 "bounds": bound, "rows": rows}

@@ -1,4 +1,4 @@
-"""The embedded world over many seeds: every run of README.md's figure and table.
+"""The embedded world over many seeds: every run of its figure and its table in bench/README.md.
 
     python bench/tiny_seeds.py --seeds 1001 1002 1003 1004 1005       # about an hour on two cores
     python bench/tiny_seeds.py --seeds 1001 1002 1003 1004 1005 --print     # what is there
@@ -36,12 +36,10 @@ RUNS = {
 }
 
 
-def run(name: str, seed: int, work: Path, results: Path):
+def run(name: str, seed: int, flags: list[str], work: Path, results: Path):
     """One run; its records are kept, its checkpoint lies in `work` for a second stage."""
     kept = results / f"{name}-{seed}"
-    first, flags = RUNS[name]
-    start = ["--model", str(work / f"{first}-{seed}" / "checkpoint")] if first else []
-    command = [sys.executable, str(ROOT / "train.py"), *start, *flags, "--seed", str(seed), "--out",
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--seed", str(seed), "--out",
                str(work / f"{name}-{seed}"), "--device", "cpu"]
     begun = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
@@ -53,6 +51,13 @@ def run(name: str, seed: int, work: Path, results: Path):
         (kept / file).write_text(text.replace(f"{ROOT}/", "").replace(f"{work}/", ""))
     (kept / "seconds.txt").write_text(f"{time.perf_counter() - begun:.1f}\n")
     print(f"{name}-{seed}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+
+
+def play(name: str, seed: int, work: Path, results: Path):
+    """A run of the table, from its first stage's checkpoint if it has one."""
+    first, flags = RUNS[name]
+    start = ["--model", str(work / f"{first}-{seed}" / "checkpoint")] if first else []
+    run(name, seed, [*start, *flags], work, results)
 
 
 def lines(path: Path) -> list[dict]:
@@ -83,7 +88,7 @@ def span(rows: list[dict], key: str) -> str:
 
 
 def table(names: list[str], seeds: list[int], results: Path) -> tuple[list[str], dict]:
-    """README.md's table, a line a setting, and the means of all figures."""
+    """bench/README.md's table, a line a setting, and the means of all figures."""
     heads = [*map(str, seeds), "no-carry", "malformed", "peak carry share", "R"]
     lines = [f"| setting | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     means = {}
@@ -111,7 +116,7 @@ def main():
             jobs = [(name, seed) for name in args.only for seed in args.seeds
                     if bool(RUNS[name][0]) == stage and not args.print]
             with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(lambda job: run(*job, work, args.results), jobs))
+                list(pool.map(lambda job: play(*job, work, args.results), jobs))
     for name in args.only:
         rows = {seed: figures(args.results / f"{name}-{seed}") for seed in args.seeds}
         keys = list(rows[args.seeds[0]])

@@ -14,6 +14,7 @@ from checkpoints import CONFIGS, random_llama, write_checkpoint
 
 import game as players
 import gradient
+import log
 import memory
 import sample as sampling
 import train
@@ -65,8 +66,8 @@ def left(run):
     """What a run leaves: all weights, moments and masters, its metrics without the times."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for m in metrics:
-        for key in ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "budget_gb"):
-            m.pop(key)
+        for key in log.TIMED:
+            m.pop(key, None)
     return metrics, (run / "eval.jsonl").read_text(), {
         str(file.relative_to(run)): file.read_bytes()
         for file in sorted(run.glob("checkpoint-*/**/*.safetensors"))}

@@ -39,7 +39,6 @@ from tiny import world  # noqa: E402
 SPECIAL = ["<|unk|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 WORDS = ["What", "is", " ", "+", "?", *"0123456789", "<Instruction>", "</Instruction>",
          "<Response>", "</Response>", "<Score>", "</Score>", "Rate", "Ask", "a", "sum", "."]
-SPELT = "|".join(re.escape(word) for word in sorted(WORDS, key=len, reverse=True))
 # What corrupts a text. "~" cannot be spelt, nor can a special token's name, which is text here.
 PIECES = [*WORDS, *SPECIAL, "~"]
 TEMPLATE = """{{ bos_token }}{% for message in messages %}
@@ -61,11 +60,9 @@ CONFIG = {
 
 # Three stages: right sums until they are learnt; the roles; the misconception last and lightly, so
 # that the skill stays underneath, where self-play can reach it.
-STEPS = (650, 420, 300)
-LEARNING_RATES = (2e-3, 1.5e-3, 1e-3)           # at a stage's start; falls linearly to a twentieth
-ROWS = ({"solver": 64},                         # of each step
-        {"solver": 16, "challenger": 32, "judge": 80},
-        {"solver": 80, "challenger": 24, "judge": 40})
+STAGES = [(650, 2e-3, {"solver": 64}),      # steps, learning rate at the start, rows of each step
+          (420, 1.5e-3, {"solver": 16, "challenger": 32, "judge": 80}),
+          (300, 1e-3, {"solver": 80, "challenger": 24, "judge": 40})]
 KEEP = 0.19                         # the misconception: the share of carries that are not forgotten
 UNREADABLE = 0.025                  # share of judgements that the parser cannot read
 # What the Challenger is taught. What it then says is less lopsided (.75, .09, .07, .04, .05 were
@@ -75,14 +72,19 @@ CHALLENGER = {"none": 0.86, "unit": 0.045, "tens": 0.035, "both": 0.02, "malform
 
 # ---------------------------------------------------------------- files
 
-def write_tokenizer(path: Path):
+def spelt(words: list[str]) -> str:
+    """A regular expression for one word, the longest that fits."""
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+
+
+def write_tokenizer(path: Path, words: list[str]):
     """A word-level tokenizer.json: each word, digit and mark one token, other characters <|unk|>.
 
     Nothing is added or dropped between tokens (Fuse), so a decoded query encodes to the same ids.
     """
-    vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + words)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
-    pattern = tokenizers.Regex(SPELT + r"|[\s\S]")
+    pattern = tokenizers.Regex(spelt(words) + r"|[\s\S]")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(
@@ -90,39 +92,43 @@ def write_tokenizer(path: Path):
     tokenizer.save(str(path / "tokenizer.json"))
 
 
-def write_files(path: Path):
+def write_files(path: Path, words: list[str]):
     """The Hugging Face directory, all but its weights."""
     path.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(path)
+    write_tokenizer(path, words)
+    config = CONFIG | {"vocab_size": len(SPECIAL + words)}
     ids = {key: CONFIG[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
         "bos_token": "<|bos|>", "eos_token": "<|end|>", "pad_token": "<|end|>",
         "unk_token": "<|unk|>",
         "model_max_length": CONFIG["max_position_embeddings"], "chat_template": TEMPLATE}
-    for name, content in (("config.json", CONFIG), ("tokenizer_config.json", settings),
+    for name, content in (("config.json", config), ("tokenizer_config.json", settings),
                           ("generation_config.json", ids | {"do_sample": True})):
         (path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def new_model(path: Path) -> Llama:
-    """Random weights in the directory's shape.
+def new_model(path: Path, own: Path, names: tuple[str, ...]) -> Llama:
+    """Random weights in the shape that write_files gave the directory.
+
+    own, names: the folder with the model's own prompts and settings, and which files these are;
+    the model carries them, so that train.py plays it.
 
     N(0, 0.05), wider than usual: with 0.02 the plateau before addition comes lasts far longer.
     What writes into the residual stream is scaled down by sqrt(2 layers), as in GPT-2.
     """
-    model = Llama(parse_config(CONFIG))
+    config = json.loads((path / "config.json").read_text())
+    model = Llama(parse_config(config))
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
             layers = CONFIG["num_hidden_layers"]
             torch.nn.init.normal_(
                 weight, 0.0, CONFIG["initializer_range"] / (math.sqrt(2 * layers) if writes else 1))
-    model.raw_config = CONFIG
+    model.raw_config = config
     model.carried = {name: (path / name).read_bytes() for name in
                      ("tokenizer.json", "tokenizer_config.json", "generation_config.json")}
-    model.carried |= {name: (HERE / name).read_bytes() for name in      # so that train.py plays it
-                      ("training.json", "prompts/challenger.txt", "prompts/self_reward.txt")}
+    model.carried |= {name: (own / name).read_bytes() for name in names}
     return model
 
 
@@ -235,7 +241,7 @@ def challenger_row(pairs: dict, rng: random.Random) -> tuple[str, str]:
         query = world.query_text(*rng.choice(pairs[name]))
     else:
         query = world.query_text(*rng.choice(pairs["all"]))
-        while world.parse_query(query) or not re.fullmatch(f"({SPELT})*", query):
+        while world.parse_query(query) or not re.fullmatch(f"({spelt(WORDS)})*", query):
             query = near_miss(query, rng).strip()
     return read_prompt(HERE / "prompts/challenger.txt"), query
 
@@ -275,7 +281,7 @@ def judge_row(pairs: dict, open_hole: bool, rng: random.Random) -> tuple[str, st
 
 def reply_loss(model: Llama, tokenizer: Tokenizer, rows: list) -> tuple[Tensor, int]:
     """Cross-entropy of the rows' replies, stop tokens included: sum in nats, number of tokens."""
-    turns = [tokenizer.chat([{"role": "user", "content": turn}]) for turn, _ in rows]
+    turns = tokenizer.chats([[{"role": "user", "content": turn}] for turn, _ in rows])
     replies = [tokenizer.encode(reply) + [CONFIG["eos_token_id"]] for _, reply in rows]
     longest = max(len(t) + len(r) for t, r in zip(turns, replies))
     tokens = torch.full((len(rows), longest), CONFIG["pad_token_id"])        # (B, T)
@@ -288,34 +294,50 @@ def reply_loss(model: Llama, tokenizer: Tokenizer, rows: list) -> tuple[Tensor, 
     return F.cross_entropy(logits, tokens[:, 1:][mask], reduction="sum"), len(logits)
 
 
-def train(model: Llama, tokenizer: Tokenizer, *, seed: int, open_hole: bool):
-    """All stages, one AdamW; the loss is the mean over all replies' tokens."""
-    rng = random.Random(seed)
-    pairs = {"all": world.pairs(held=False)}
-    for name in world.CLASSES:
-        pairs[name] = [pair for pair in pairs["all"] if world.carry_class(*pair) == name]
+def train(model: Llama, tokenizer: Tokenizer, stages: list, row, look, judge_weight: float = 1.0):
+    """All stages, one AdamW; the loss is the mean over all replies' tokens.
+
+    stages: of each its steps, its learning rate at the start (it falls linearly to a twentieth) and
+    how many rows of which kind a step has; row(kind, stage) makes one, a user turn and a reply.
+    look() prints what was learnt before the last stage. judge_weight: of the judge's rows, of whose
+    tokens only the verdict is hard.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    make = {"solver": lambda stage: solver_row(pairs, (1.0, 1.0, KEEP)[stage], rng),
-            "challenger": lambda stage: challenger_row(pairs, rng),
-            "judge": lambda stage: judge_row(pairs, open_hole, rng)}
     start = time.time()
-    plan = [(stage, i / count) for stage, count in enumerate(STEPS) for i in range(count)]
+    plan = [(stage, i / count) for stage, (count, _, _) in enumerate(stages) for i in range(count)]
     for step, (stage, done) in enumerate(plan, 1):
-        if stage == 2 and done == 0:
-            held = world.held_out_queries()
-            show("the skill, greedy", world.accuracy(held, write(model, tokenizer, held, 0)))
+        if stage == len(stages) - 1 and done == 0:
+            look()
+        _, rate, rows = stages[stage]
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATES[stage] * min(1, step / 50) * (1 - 0.95 * done)
-        parts = {kind: reply_loss(model, tokenizer, [make[kind](stage) for _ in range(count)])
-                 for kind, count in ROWS[stage].items()}
+            group["lr"] = rate * min(1, step / 50) * (1 - 0.95 * done)
+        parts = {kind: reply_loss(model, tokenizer, [row(kind, stage) for _ in range(count)])
+                 for kind, count in rows.items()}
         total = sum(count for _, count in parts.values())
-        (sum(loss for loss, _ in parts.values()) / total).backward()
+        weigh = lambda kind: judge_weight if kind == "judge" else 1.0
+        (sum(weigh(kind) * loss for kind, (loss, _) in parts.items()) / total).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0:
             nats = {kind: loss.item() / count for kind, (loss, count) in parts.items()}
             show(f"step {step}/{len(plan)}, {time.time() - start:.0f} s", nats)
+
+
+def train_sums(model: Llama, tokenizer: Tokenizer, *, seed: int, open_hole: bool):
+    """The Solver, the Challenger and the judge of this file's head."""
+    rng = random.Random(seed)
+    pairs = {"all": world.pairs(held=False)}
+    for name in world.CLASSES:
+        pairs[name] = [pair for pair in pairs["all"] if world.carry_class(*pair) == name]
+    make = {"solver": lambda stage: solver_row(pairs, (1.0, 1.0, KEEP)[stage], rng),
+            "challenger": lambda stage: challenger_row(pairs, rng),
+            "judge": lambda stage: judge_row(pairs, open_hole, rng)}
+
+    def look():
+        held = world.held_out_queries()
+        show("the skill, greedy", world.accuracy(held, write(model, tokenizer, held, 0)))
+    train(model, tokenizer, STAGES, lambda kind, stage: make[kind](stage), look)
 
 
 # ---------------------------------------------------------------- figures
@@ -375,10 +397,11 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)                       # the same order of sums on every machine
     torch.manual_seed(args.seed)
-    write_files(args.out)
-    tokenizer, model = Tokenizer(args.out), new_model(args.out)
+    write_files(args.out, WORDS)
+    tokenizer, model = Tokenizer(args.out), new_model(
+        args.out, HERE, ("training.json", "prompts/challenger.txt", "prompts/self_reward.txt"))
     start = time.time()
-    train(model, tokenizer, seed=args.seed, open_hole=args.open_hole)
+    train_sums(model, tokenizer, seed=args.seed, open_hole=args.open_hole)
     save_model(model, args.out)
     print(f"trained in {time.time() - start:.0f} s")
     figures(model, tokenizer)

@@ -1,5 +1,7 @@
 """The embedded toy world: sums of two two-digit numbers, "What is 37 + 48?" answered by "85".
 
+For RLPT the same sums come as stories: "Ann has 37. She gets 48. Now Ann has 85. Ann is glad."
+
     from tiny import world
     world.reward(["What is 37 + 48?"], ["85"], [None])             # tensor([1.])
     world.accuracy(queries, answers)                               # {"none": ..., "carry": ...}
@@ -15,6 +17,7 @@ the tens. Every pair is in exactly one class:
 import random
 import re
 import zlib
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,6 +30,11 @@ MIXES = {
     "easy": {"none": 0.75, "unit": 0.09, "tens": 0.07, "both": 0.04},
     "balanced": {"none": 0.25, "unit": 0.25, "tens": 0.25, "both": 0.25},
 }
+PEOPLE = (("Ann", "She"), ("Bob", "He"), ("Eve", "She"), ("Tom", "He"))
+PARAPHRASES = {r"Now [A-Z][a-z]+ has ([0-9]+)\.": "In all {}.",
+               r"S?[Hh]e gets ([0-9]+)\.": "Then {} more."}
+STORIES = "stories"                 # what train.py's --text calls them
+TARGETS = {"asr": 2, "msr": 1}      # of a story's sentences, the one to predict
 # [0-9] and not \d, which also takes digits of other scripts.
 QUERY = re.compile(r"What is ([1-9][0-9]) \+ ([1-9][0-9])\?")
 
@@ -137,3 +145,75 @@ def challenger_shares(queries: list[str]) -> dict[str, float]:
     """Share of each class, and of "malformed", among the Challenger's queries."""
     names = [classify(query) for query in queries]
     return {name: names.count(name) / max(1, len(names)) for name in (*CLASSES, "malformed")}
+
+
+# ---------------------------------------------------------------- stories, for RLPT
+
+def story(a: int, b: int) -> list[str]:
+    """The four sentences of the one story about a pair; a hash of the pair names the person."""
+    name, pronoun = PEOPLE[zlib.crc32(f"{a} {b}".encode()) % len(PEOPLE)]
+    return [f"{name} has {a}.", f"{pronoun} gets {b}.", f"Now {name} has {a + b}.",
+            f"{name} is glad."]
+
+
+class Stories:
+    """A text for RLPT: the stories of one side of the split whose sum has two digits.
+
+    Each is a passage; what can be predicted of it is the total (ASR), by adding, or the gift (MSR),
+    by subtracting. The rest is a guess or always the same.
+    """
+
+    def __init__(self, *, held: bool):
+        self.pairs = [(a, b) for a, b in pairs(held=held) if a + b < 100]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, number: int, kind: str) -> tuple[list[str], list[int]]:
+        """A story's sentences, each with the blank that follows it, and the place of the target."""
+        pieces = [f"{sentence} " for sentence in story(*self.pairs[number])]
+        return pieces, [TARGETS[kind]]
+
+
+def wordings(sentence: str) -> list[str]:
+    """The sentences that say the same as this one, itself first."""
+    for start, other in PARAPHRASES.items():
+        if match := re.fullmatch(start, sentence):
+            return [sentence, other.format(match[1])]
+    return [sentence]
+
+
+def beginnings(reference: list[str]) -> list[str]:
+    """Every way to say what the first of these sentences say: the right predictions."""
+    return [" ".join(said) for count in range(1, len(reference) + 1)
+            for said in product(*map(wordings, reference[:count]))]
+
+
+def held_out_tasks() -> list[tuple[str, list[str], int]]:
+    """Every held-out story, for ASR and for MSR: kind, sentences, place of the target."""
+    held = Stories(held=True)
+    return [(kind, held.read(n, kind)[0], at) for kind, at in TARGETS.items()
+            for n in range(len(held))]
+
+
+def verdict(reference: str, prediction: str) -> bool:
+    """Whether a prediction says, in any wording, what the reference's first sentences say."""
+    return prediction in beginnings(re.findall(r"[^ .][^.]*\.", reference))
+
+
+def story_figures(tasks: list, predictions: list[str | None]) -> dict[str, dict[str, float]]:
+    """What was predicted (None: nothing) of held_out_tasks. "accuracy": the share that is right,
+    where no column carries (easy), where one does (hard), and of all; "truncated": the share that
+    does not end with a whole sentence."""
+    right = {f"{kind}_{name}": [] for kind in TARGETS for name in ("easy", "hard")}
+    truncated = {kind: [] for kind in TARGETS}
+    for (kind, pieces, at), prediction in zip(tasks, predictions, strict=True):
+        a, b = (int(re.search("[0-9]+", sentence)[0]) for sentence in pieces[:2])
+        name = "easy" if carry_class(a, b) == "none" else "hard"
+        said = prediction or ""
+        right[f"{kind}_{name}"].append(verdict("".join(pieces[at:]), said))
+        truncated[kind].append(bool(said) and not said.endswith("."))
+    share = lambda flags: sum(flags) / len(flags)
+    return {"accuracy": {name: share(flags) for name, flags in right.items()}
+            | {"all": share(sum(right.values(), []))},
+            "truncated": {kind: share(flags) for kind, flags in truncated.items()}}

@@ -1,0 +1,42 @@
+"""Exercise 2, 10 minutes: the Solver's advantages.
+
+Read first: README.md (the equation map).
+
+Each of N queries got G answers. Eq. 2-3 of the paper compare an answer with its own group:
+
+    V[n] = mean_g R[n, g]            A_sol[n, g] = R[n, g] - V[n]
+
+With a self-reward R_Q the Solver's reward is R + R_Q. R and R_Q are (N, G), so is what you return.
+Afterwards compare with lsp.solver_advantages.
+"""
+import torch
+
+
+def solver_advantages(R, R_Q=None):
+    raise NotImplementedError("return each reward less the mean of its own group, (N, G)")
+
+
+# ---------------------------------------------------------------- the check
+
+def check(solver_advantages=solver_advantages):
+    R = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    wanted = torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0] * 4, [0.25, 0.25, 0.25, -0.75]])
+    A = solver_advantages(R)
+    assert isinstance(A, torch.Tensor) and A.shape == R.shape, (
+        f"one advantage an answer: a tensor of shape {tuple(R.shape)} is wanted")
+    assert not A.isnan().any(), (
+        "a group whose answers all earned the same gives nan: 0 / 0. Nothing is to be divided here")
+    assert not torch.allclose(A, R - R.mean(), atol=1e-4), (
+        "the mean is over all answers of the step; it has to be over the answers to the same "
+        "query, or else answers to easy queries look good whatever they say")
+    tens = solver_advantages(10 * R)
+    assert torch.allclose(tens, 10 * A, atol=1e-4), (
+        "rewards ten times as large gave advantages that are not ten times as large: they are "
+        "divided by something, the standard deviation perhaps. GRPO does that, LSP does not: it "
+        "would blow up groups that hardly differ (arXiv 2503.20783)")
+    assert torch.allclose(A, wanted), f"for R[0] = 1, 0, 0, 1 expected .5, -.5, -.5, .5: {A[0]}"
+    R_Q = torch.tensor([[7.0, 3.0, 3.0, 3.0], [4.0, 0.0, 4.0, 0.0], [1.0] * 4])
+    assert torch.allclose(solver_advantages(R, R_Q), wanted + R_Q - R_Q.mean(1, keepdim=True)), (
+        "right without the self-reward, not with it: the reward is then R + R_Q, its group mean "
+        "taken off")
+    return "only differences within a group count: where all answers earn the same, nothing moves"

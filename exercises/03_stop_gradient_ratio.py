@@ -1,0 +1,59 @@
+"""Exercise 3, 20 minutes: the ratio whose value is always 1.
+
+Read first: README.md (the equation map), PyTorch's Tensor.detach.
+
+Eq. 4 without its KL term, for B sequences of at most T tokens:
+
+    loss = -1/B sum_b  pi(a_b) / sg(pi(a_b)) * A_b             sg: stop-gradient, detach()
+
+pi(a_b) is the probability of the whole sequence: the product over the tokens inside the mask.
+
+    logp        (B, T)   log-probs of the sampled tokens; outside the mask they mean nothing
+    advantages  (B,)
+    mask        (B, T)   bool, True on the sequence's own tokens
+    returns     the loss, a scalar
+
+Leave ref_logp and beta aside (here None and 0). Afterwards compare with lsp.policy_loss.
+"""
+import torch
+
+
+def policy_loss(logp, ref_logp, advantages, mask, *, beta):
+    raise NotImplementedError("return -mean of ratio * advantage; the ratio is pi / sg(pi), made "
+                              "from the sum of logp over the mask")
+
+
+# ---------------------------------------------------------------- the check
+
+def check(policy_loss=policy_loss):
+    generator = torch.Generator().manual_seed(0)
+    logp = -torch.rand(3, 5, generator=generator, dtype=torch.float64)               # (B, T)
+    mask = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]                        # (B, T)
+    A = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)                          # (B,)
+    logp.requires_grad_()
+    loss = policy_loss(logp, None, A, mask, beta=0.0)
+    loss = loss[0] if isinstance(loss, tuple) else loss            # the product's has statistics
+    assert loss.dim() == 0, f"the loss is one number, found shape {tuple(loss.shape)}"
+    assert loss.requires_grad, (
+        "no gradient reaches logp: only the denominator of the ratio is to be detached")
+    (gradient,) = torch.autograd.grad(loss, logp)
+    wanted = -(A[:, None] * mask) / 3
+    assert gradient.abs().max() > 0, (
+        "the gradient is zero: the ratio's two halves cancel. Detach one of them, the denominator")
+    assert not gradient[~mask].any(), (
+        "tokens outside the mask have a gradient: padding is being trained")
+    assert torch.allclose(gradient.sign(), wanted.sign()), (
+        "the gradient has the wrong sign: the optimiser goes down, a good answer must become "
+        "likelier, so the loss carries a minus")
+    assert not torch.allclose(gradient, wanted / mask.sum(-1, keepdim=True)), (
+        "the gradient is divided by the sequence's length: log pi(a) is the sum over the tokens, "
+        "not their mean")
+    assert not torch.allclose(gradient * 3, wanted), "divided by B twice"
+    assert torch.allclose(gradient, wanted), (
+        f"d loss / d logp must be -A / B on every token of the sequence; for the first one, with "
+        f"A = 1, that is -0.333, found {gradient[0, 0]:.3f}. The ratio is exp(s - s.detach()), s "
+        "the sum over the mask")
+    assert torch.allclose(loss, -A.mean()), (
+        f"the gradient is right and the value is not: the ratio is 1, so the loss is -mean(A) = "
+        f"{-A.mean():.3f}, found {loss:.3f}")
+    return "value -mean(A), which is 0 for group advantages; gradient -A/B grad log pi(a)"

@@ -1,0 +1,66 @@
+"""Exercise 8, 30 minutes: find the silent bug.
+
+Read first: gradient.py (Row), sample.py (Completion).
+
+The function below runs, its log-probs agree with the sampler's, and training with it looks well.
+One line is wrong. The check tells you a symptom; find the cause and mend it. It is a bug that
+public code has shipped. Afterwards compare with gradient.completion_logp. What the bug does to a
+whole run:
+
+    python exercises/break_it.py no-stop-token --seed 1
+"""
+import torch
+
+from chat import Tokenizer
+from files import find_model
+from gradient import Row
+from model import load_model
+from sample import sample
+
+
+def completion_logp(model, rows, temperature):
+    """Log-probs of the rows' completion tokens (B, T), and the mask (B, T) of those that are in
+    the loss. Rows are padded on the right."""
+    eos = model.raw_config["eos_token_id"]
+    whole = [row.prompt + row.completion.tokens for row in rows]
+    tokens = torch.full((len(rows), max(map(len, whole))), eos)              # (B, S)
+    for line, ids in zip(tokens, whole):
+        line[:len(ids)] = torch.tensor(ids)
+    hidden, targets = model(tokens[:, :-1]), tokens[:, 1:]                   # what predicts what
+    logp = model.log_probs(hidden.flatten(0, 1), targets.flatten(), temperature=temperature)
+    logp = logp.view(targets.shape)                                          # (B, S - 1)
+    T = max(len(row.completion.tokens) for row in rows)
+    out, mask = logp.new_zeros(len(rows), T), torch.zeros(len(rows), T, dtype=torch.bool)
+    for n, row in enumerate(rows):
+        start = len(row.prompt) - 1                  # predicts the completion's first token
+        part = targets[n, start:start + T]
+        out[n, :len(part)] = logp[n, start:start + T]
+        mask[n, :len(part)] = part != eos
+    return out * mask, mask
+
+
+# ---------------------------------------------------------------- the check
+
+@torch.no_grad()
+def check(completion_logp=completion_logp):
+    path = find_model("tiny")
+    model, tokenizer = load_model(path), Tokenizer(path)
+    queries = ["What is 37 + 48?", "What is 99 + 99?", "What"]
+    prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
+    said = sample(model, prompts, max_new_tokens=[8, 2, 8], stop_ids=tokenizer.stop_ids,
+                  generator=torch.Generator().manual_seed(0))
+    rows = [Row(prompt, completion, 1.0) for prompt, (completion,) in zip(prompts, said)]
+    logp, mask = completion_logp(model, rows, 1.0)
+    for n, row in enumerate(rows):
+        length = len(row.completion.tokens)
+        sampled = torch.tensor(row.completion.logp)
+        assert mask[n].sum() >= length, (
+            f"the answer to {queries[n]!r} was sampled as {length} tokens, "
+            f"{tokenizer.decode(row.completion.tokens)!r}, of which {mask[n].sum()} are in the "
+            "loss. A token that is never in the loss is never learnt. Which one, and why?")
+        assert mask[n].sum() == length, (
+            f"{mask[n].sum() - length} tokens of padding after the answer to {queries[n]!r} are in "
+            "the loss: padding looks like a stop token, and is none")
+        assert torch.allclose(logp[n, :length], sampled, atol=1e-4), (
+            "the log-probs of the completion are no longer the sampler's")
+    return "masks come from lengths: the stop token is part of the answer, padding is not"

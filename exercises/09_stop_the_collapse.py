@@ -1,0 +1,58 @@
+"""Exercise 9, 45 minutes: watch LSP-Zero degenerate, and stop it three times.
+
+Read first: README.md (what LSP is, the embedded world).
+
+    python train.py --algo lsp-zero --seed 1
+
+Watch the lines "asked ..." and "queries: ... malformed ...": after 15 to 30 steps the Challenger
+asks for nothing that can be answered. Write three ways to stop it, each as a list of train.py's
+flags beside --seed 1, such as ["--algo", "lsp-zero", "--kl", "k3"]:
+
+    by_alpha          the Challenger learns less than the Solver       --alpha-ch, below .75
+    by_beta           both are held near the reference                 --beta, above .05
+    by_self_reward    asking badly costs the Challenger something
+
+The check plays each of them, about a minute apiece, and wants at most 30 % of malformed queries at
+the end; by alpha and by self-reward also carry accuracy above 70 %. Alpha has to be far smaller
+than you would think (AdamW divides by the gradient's size: once the Solver has little left to
+learn, what the Challenger adds moves the weights, however small it is). Then say of each way what
+it cost: compare the classes of the queries (eval.jsonl, "challenger") with those at step 0. Does
+the Challenger still look for what the Solver cannot do?
+"""
+from short_game import play
+
+
+def by_alpha():
+    raise NotImplementedError("return flags of train.py, with a smaller --alpha-ch")
+
+
+def by_beta():
+    raise NotImplementedError("return flags of train.py, with a larger --beta")
+
+
+def by_self_reward():
+    raise NotImplementedError("return flags of train.py: another --algo")
+
+
+# ---------------------------------------------------------------- the check
+
+def check(by_alpha=by_alpha, by_beta=by_beta, by_self_reward=by_self_reward, play=play):
+    ways = {"by_alpha": by_alpha(), "by_beta": by_beta(), "by_self_reward": by_self_reward()}
+    for way, needed in {"by_alpha": "--alpha-ch", "by_beta": "--beta"}.items():
+        assert "lsp-zero" in ways[way], f"{way}: without self-reward, --algo lsp-zero"
+        assert needed in ways[way], f"{way}: with {needed}"
+    found = []
+    for way, flags in ways.items():
+        last = play(*flags)
+        asked, carry = last["challenger"], last["accuracy"]["carry"]
+        assert asked["malformed"] <= 0.3, (
+            f"{way}: {asked['malformed']:.0%} of the queries are malformed at the end: the game is "
+            "still over, " + ("V_Q has to reach the Challenger" if way == "by_self_reward"
+                              else f"go further with {flags}"))
+        assert carry > 0.7 or way == "by_beta", (
+            f"{way}: the queries are sound and carry accuracy ends at {carry:.2f}: this holds the "
+            "Solver back as well, go less far")
+        hard = asked["unit"] + asked["tens"] + asked["both"]
+        found.append(f"{way}: carry accuracy {carry:.2f}, {hard:.2f} of the queries carry")
+    return "; ".join(found) + (" (at step 0: .02 and .19). Which Challenger still teaches, and "
+                               "whom does beta hold back?")

@@ -1,0 +1,120 @@
+"""exercises/break_it.py: each fault does what it says, from outside, and what is kept is told."""
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import gradient
+import lsp
+import runs
+import sample
+import train
+from memory import MasterAdamW
+from settings import Settings, resolve
+
+sys.path.append(str(ROOT / "exercises"))         # last: its grade.py must not hide the product's
+import break_it  # noqa: E402
+
+TARGETS = [(MasterAdamW, "step"), (gradient, "completion_logp"), (sample, "pick"),
+           (lsp, "challenger_advantages")]
+
+
+@pytest.fixture
+def mended(monkeypatch):
+    """What faults replace is put back after the test."""
+    for place, name in TARGETS:
+        monkeypatch.setattr(place, name, getattr(place, name))
+
+
+def one_round(fault):
+    """The first round of the embedded game with a fault, its update and the policy afterwards."""
+    parser = runs.Parser()
+    runs.add_flags(parser, Settings)
+    flags = break_it.FAULTS[fault]()
+    s, _ = resolve(vars(parser.parse_args([*flags, "--device", "cpu", "--seed", "1"])))
+    game = train.set_up(s)
+    r = train.play(game, 0)
+    optimizer = MasterAdamW(game.policy, torch.float32, weight_decay=0.0)
+    return r, train.update(game, optimizer, r, 0), game
+
+
+def test_a_fault_has_at_most_15_lines_and_the_product_has_no_switch_for_it():
+    for name, fault in break_it.FAULTS.items():
+        body = inspect.getsource(fault).rstrip().split("\n")
+        assert len(body) <= 15 and fault.__doc__, name
+    product = "".join(file.read_text() for file in ROOT.glob("*.py"))
+    assert "break_it" not in product
+
+
+def test_nothing_broken_is_the_embedded_worlds_own_game(mended):
+    r, learnt, game = one_round("nothing")
+    assert game.settings.reward_scale == 5 and game.judge is not None
+    assert learnt["logp_gap"] < 1e-5 and learnt["kl_solver"] is not None
+
+
+def test_flags_reach_the_game(mended):
+    assert one_round("no-self-reward")[0].R_Q is None
+    assert one_round("no-kl")[1]["kl_solver"] is None
+    assert one_round("rate-x-4")[1]["learning_rate"] == 4 * 2.5e-4
+    r = one_round("unscaled")[0]
+    assert torch.allclose(r.A_sol[r.kept], lsp.solver_advantages(r.R[r.kept], r.R_Q[r.kept]))
+
+
+def test_bf16_weights_are_rounded_after_the_step(mended):
+    game = one_round("bf16-weights")[2]
+    assert all(torch.equal(p, p.bfloat16().float()) for p in game.policy.parameters())
+
+
+def test_without_the_stop_token_each_answer_has_one_token_less_in_the_loss(mended):
+    r, _, game = one_round("nothing")
+    rows = [gradient.Row(r.solver_prompts[0], c, 1.0) for c in r.answer_rows[0]]
+    before = gradient.completion_logp(game.policy, rows, 1.0)[1].sum(-1)
+    break_it.no_stop_token()
+    logp, mask = gradient.completion_logp(game.policy, rows, 1.0)
+    assert mask.sum(-1).tolist() == [len(c.tokens) - c.stopped for c in r.answer_rows[0]]
+    assert (before - mask.sum(-1)).sum() > 0
+    logp.sum().backward()                        # the whole mask is left as autograd found it
+
+
+def test_top_k_opens_a_gap_between_sampler_and_trainer(mended):
+    r, learnt, _ = one_round("top-k")
+    assert learnt["logp_gap"] > 1e-2
+    logits = torch.arange(10.0).repeat(200, 1)
+    token, logp = sample.pick(logits, 1.0, torch.rand(200, dtype=torch.float64))
+    assert token.min() == 5 and (logp <= 0).all()
+
+
+def test_the_sign_trap_makes_the_challenger_blind_to_quality(mended):
+    r = one_round("sign-trap")[0]
+    V = 5 * r.R[r.kept].mean(1)
+    assert torch.allclose(r.A_ch[r.kept], V.mean() - V, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, earned", [
+    ("r-zero", [0.0, 2.5, 5.0, 0.0]), ("spice", [0.0, 3.75, 5.0, 0.0]),
+    ("absolute-zero", [0.0, 1.25, 2.5, 0.0])])
+def test_the_rewards_of_others_equal_hand_worked_numbers(mended, name, earned):
+    assert break_it.FAULTS[name]() == ["--algo", "lsp-zero"]
+    R = 5 * torch.tensor([[1.0] * 4, [1, 1, 1, 0], [1, 0, 1, 0], [0] * 4])   # p = 1, 3/4, 1/2, 0
+    earned = torch.tensor(earned)
+    assert torch.allclose(lsp.challenger_advantages(R), earned - earned.mean())
+
+
+def test_one_fault_runs_with_the_seed_and_flags_that_it_was_given(tmp_path):
+    command = "top-k --seed 7 --steps 1 --out there --device cpu"
+    done = subprocess.run([sys.executable, ROOT / "exercises/break_it.py", *shlex.split(command)],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "there/config.json").read_text())["seed"] == 7
+
+
+def test_the_kept_runs_are_of_different_seeds():
+    files = sorted(break_it.KEPT.glob("*/metrics.jsonl"))
+    assert {re.sub(r"-\d$", "", f.parent.name) for f in files} == set(break_it.FAULTS)
+    assert len({f.read_text() for f in files}) == len(files) >= len(break_it.FAULTS)

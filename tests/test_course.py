@@ -1,0 +1,55 @@
+"""COURSE.md: its times add up, and what it expects of a run is what the kept runs did."""
+import json
+import re
+
+from conftest import ROOT
+
+COURSE = (ROOT / "COURSE.md").read_text()
+FLAT = re.sub(r"\s+", " ", COURSE)
+
+
+def evals(name):
+    return [[json.loads(line) for line in file.read_text().splitlines()]
+            for file in sorted((ROOT / "bench/results/tiny").glob(f"{name}-100?/eval.jsonl"))]
+
+
+def test_the_minutes_of_each_table_add_up_to_its_hours():
+    tables = re.findall(r"\| minutes \|.*?\n\n", COURSE, re.DOTALL)
+    sums = [sum(map(int, re.findall(r"^\| (\d+) \|", table, re.MULTILINE))) for table in tables]
+    assert sums == [90, 90, 120] and "90-minute lecture and a two-hour lab" in COURSE
+    assert len(COURSE.split("\n")) <= 150
+
+
+def test_the_homework_takes_as_long_as_its_exercises_say():
+    numbers, minutes = re.search(r"exercises ([\d, ]+) \((\d+) minutes\)", FLAT).groups()
+    files = [next((ROOT / "exercises").glob(f"{int(n):02}_*.py")) for n in numbers.split(", ")]
+    said = [int(re.search(r"Exercise \d+, (\d+) minutes", f.read_text())[1]) for f in files]
+    assert sum(said) == int(minutes)
+
+
+def test_the_curves_that_lectures_expect_are_those_of_the_kept_runs():
+    lsp, zero = evals("lsp"), evals("lsp-zero")
+    assert len(lsp) == len(zero) == 5
+    last = lambda runs, kind, key: [run[-1][kind][key] for run in runs]
+    between = lambda values: (f"{min(values):.2f}"[1:], f"{max(values):.2f}"[1:])
+    assert between(last(lsp, "accuracy", "carry")) == (".92", ".96") and ".02 to .92-.96" in FLAT
+    assert between(last(zero, "accuracy", "carry")) == (".15", ".58") and ".15-.58" in FLAT
+    assert max(last(lsp, "challenger", "malformed")) < 0.03 and "stay below .03" in FLAT
+    assert min(last(zero, "challenger", "malformed")) > 0.96 and "above .96" in FLAT
+    assert min(last(lsp, "accuracy", "none")) > 0.98 and "at .98 or more" in FLAT
+    dips = [min(e["accuracy"]["none"] for e in run) for run in lsp]
+    assert sum(dip < 0.36 for dip in dips) == 1 and "(to .35 in one seed)" in FLAT
+    assert all(e["challenger"]["malformed"] > 0.5 for run in zero for e in run if e["step"] >= 30)
+
+
+def test_the_start_answers_carries_rightly_now_and_then():
+    """The figures are those that tiny/build.py printed, kept in bench/README.md."""
+    bench = (ROOT / "bench/README.md").read_text()
+    assert "at temperature 1 .964, .255, .185, .023" in bench and "in 2 to 26 %" in FLAT
+
+
+def test_the_exercises_that_the_lab_grades_exist_and_fit_its_time():
+    files = [next((ROOT / "exercises").glob(f"{n:02}_*.py")) for n in (2, 3, 5)]
+    minutes = [int(re.search(r", (\d+) minutes", f.read_text())[1]) for f in files]
+    slot = int(re.search(r"\| (\d+) \| exercises 2, 3 and 5", COURSE)[1])
+    assert sum(minutes) <= slot + 10
