@@ -282,7 +282,7 @@ def test_the_faults_table_and_what_is_said_about_it_are_the_kept_runs():
     every = lambda names, f: [f(e) for name in names.split() for e in last[name]]
     carry = lambda e: e["accuracy"]["carry"]
     malformed = lambda e: e["challenger"]["malformed"]
-    assert max(every("rate-x-4", lambda e: e["accuracy"]["none"])) < 0.5
+    assert max(every("rate-x-4", lambda e: e["accuracy"]["none"])) < 0.6
     assert max(every("rate-x-4 no-self-reward sign-trap", carry)) < 0.5
     assert min(every("no-self-reward sign-trap", malformed)) > 0.85
     assert max(every("top-k", carry)) < 0.75
