@@ -125,8 +125,8 @@ def token_cache(c: Config, width: int) -> int:
 
 def block_pass(c: Config, width: int) -> int:
     """A token's numbers in a block without gradients, at most: the MLP's gate, up, silu(gate) and
-    product beside the block's input and its norm."""
-    return (2 * c.hidden_size + 4 * c.intermediate_size) * width
+    product beside the block's input, what attention made of it, and its norm."""
+    return (3 * c.hidden_size + 4 * c.intermediate_size) * width
 
 
 def mask(c: Config, rows: int, new: int, seen: int, width: int) -> int:
@@ -155,18 +155,26 @@ def sampling(c: Config, width: int, *, rows: int, each: int, prompt: int, common
              "logits": (8 + 4 * (width == 2) + 4) * B * V}]
 
 
+def chunked(c: Config, tokens: int, chunk: int) -> tuple[int, int]:
+    """Logits that Llama.log_probs makes at once, and how many of them are there together."""
+    entries = min(chunk + c.vocab_size, tokens * c.vocab_size)
+    return entries, 1 + (entries < tokens * c.vocab_size)
+
+
 def scoring(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int,
             chunk: int = 0) -> list[dict]:
     """cache.shared_forward without gradients: prompts, whose keys and values are kept, then what
-    follows them; then log-probs, `chunk` logits at once, or none."""
+    follows them; then, with a chunk, log-probs."""
+    # The chunk before, and this one before and after it is divided by the temperature.
+    entries, together = chunked(c, B * rest, chunk)
+    logits = 4 * (1 + together) * entries if chunk else 0
     held = P * prompt * token_cache(c, width)
     hidden = P * prompt * c.hidden_size * width
     joined = (2 * B * (prompt + rest) * keys(c) * width      # Continuation.write, one layer's
               + mask(c, B, rest, prompt + rest, width))
     return [{"cache": held, "activations": P * prompt * block_pass(c, width)},
             {"cache": held, "activations": hidden + joined + B * rest * block_pass(c, width)},
-            {"cache": held, "logits": 12 * chunk,
-             "activations": hidden + 3 * B * (1 + rest) * c.hidden_size * width}]
+            {"logits": logits, "activations": 2 * B * (1 + rest) * c.hidden_size * width}]
 
 
 def last_hidden(rows: int, each: int, prompt: int, rest: int, tokens: int) -> dict:
@@ -199,15 +207,16 @@ def differentiating(c: Config, width: int, *, B: int, P: int, prompt: int, rest:
         block = kept(longest, B * (prompt + rest))
     else:
         waiting = c.num_hidden_layers * kept(tokens, pairs)
-    waiting += mask(c, B, rest, prompt + rest, width) + 5 * D * tokens * width
-    # Logits of two chunks meet (model.ChunkedLogProbs), the newer twice, before and after they are
-    # divided by the temperature; the backward pass, in place, adds their rounded gradients.
-    entries = min(chunk + V, B * rest * V)
-    return [{"activations": waiting, "logits": 12 * entries},
-            {"activations": waiting, "logits": (12 if width == 2 else 8) * entries,
+    waiting += mask(c, B, rest, prompt + rest, width) + 3 * D * tokens * width
+    # ChunkedLogProbs divides a chunk's logits by the temperature; its backward pass works in place,
+    # and rounds. The head's gradient waits for the embedding's.
+    entries, together = chunked(c, B * rest, chunk)
+    back = 4 * together + (2 * together if width == 2 else 0)
+    return [{"activations": waiting, "logits": 4 * (1 + together) * entries},
+            {"activations": waiting, "logits": back * entries, "head's gradient": D * V * width},
+            {"activations": waiting + block + longest * 4 * inner * width,
              "head's gradient": D * V * width},
-            {"activations": waiting + block + longest * (2 * D + 5 * inner) * width,
-             "head's gradient": D * V * width}]
+            {"activations": waiting * P * prompt / tokens, "head's gradient": 2 * D * V * width}]
 
 
 def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> dict[str, dict]:
@@ -262,8 +271,7 @@ def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> di
         batches.append(micro_batch(N, N, text["challenger"], s.query_tokens, s.micro_batch_tokens))
     if s.beta:
         phase("reference", "reference", [moment for batch in batches for moment in scoring(
-            reference, width, **batch, chunk=min(
-                chunk + c.vocab_size, batch["B"] * batch["rest"] * c.vocab_size))])
+            reference, width, **batch, chunk=chunk)])
     moments = [moment for batch in batches for moment in differentiating(
         c, width, **batch, chunk=chunk, checkpointing=s.checkpointing)]
     if s.offload:                    # MasterAdamW._stream: two blocks of three tensors on their way

@@ -85,8 +85,7 @@ def refer(game: Game, rows: list[Row]):
     """Note in each row its completion's log-probs under the reference.
 
     A pass of its own before the update's, so that the reference need not be on the GPU with the
-    gradients; in the same micro-batches, so that rounding is the same too and the KL of a policy
-    that has not moved is 0.
+    gradients; in the same micro-batches, so that both sides of the KL round alike.
     """
     known = {}
     for batch in micro_batches(rows, game.settings.micro_batch_tokens):

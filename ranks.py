@@ -44,7 +44,7 @@ def together(main):
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # torchrun keeps its store over a restart, and in it the addresses of the dead. (On several
         # machines it counts restarts on each: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.)
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                             store=store, rank=number, world_size=count, timeout=PATIENCE)
     if rank():
@@ -125,12 +125,12 @@ def first(function):
 # ---------------------------------------------------------------- parts
 
 def share(items, cost=lambda item: 1) -> list:
-    """This rank's part of a list. The parts are neighbours, of about equal cost, none too small to
-    be empty; one after the other they are the list."""
+    """This rank's part of a list. The parts, one after the other, are the list; they cost about
+    the same, and some may be empty."""
     costs = [cost(item) for item in items]
-    mine, before = [], 0
+    total, before, mine = sum(costs), 0, []
     for item, own in zip(items, costs):
-        if (2 * before + own) * world() // (2 * sum(costs)) == rank():       # where its middle lies
+        if (2 * before + own) * world() // (2 * total) == rank():            # where its middle lies
             mine.append(item)
         before += own
     return mine

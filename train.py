@@ -7,6 +7,7 @@ or (RLPT, arXiv 2509.19249; rlpt.py) on plain text.
     python train.py --model llama-3.2-3b --algo grpo --prompts alpaca.json
     python train.py --model llama-3.2-3b --algo rlpt --text books/
     python train.py --model runs/A/checkpoint --algo grpo --prompts alpaca.json    # a second stage
+    torchrun --nproc-per-node 8 train.py --model llama-3.2-3b    # on eight GPUs (ranks.py)
     python train.py --watch                                # one round as a transcript, no update
     python train.py --resume runs/A                        # as if it had never been stopped
 
@@ -160,13 +161,12 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
     Where a reward, log-prob, loss or gradient is not finite, nothing moves; "faults" says where.
     """
     s = game.settings
-    count = int(r.kept.sum())
-    written = lambda n: sum(len(row.tokens) for row in r.answer_rows[n])
-    kept = ranks.share(r.kept.nonzero()[:, 0].tolist(), written)
+    kept = r.kept.nonzero()[:, 0].tolist()
+    mine = ranks.share(kept, lambda n: sum(len(row.tokens) for row in r.answer_rows[n]))
     solver = [Row(r.solver_prompts[n], completion, advantage.item())
-              for n in kept for completion, advantage in zip(r.answer_rows[n], r.A_sol[n])]
+              for n in mine for completion, advantage in zip(r.answer_rows[n], r.A_sol[n])]
     challenger = [Row(game.challenger_prompt, r.query_rows[n], r.A_ch[n].item())
-                  for n in kept if r.query_rows]
+                  for n in mine if r.query_rows]
     sol, ch, loss, norm = Counter(), Counter(), None, None
     rate = learning_rate(s, step)
     faults = unsound(r)
@@ -176,12 +176,12 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
             refer(game, challenger)
     with game.phase("update", game.policy):
         if not faults:
-            sol, ch = differentiate(game, optimizer, solver, challenger, count)
+            sol, ch = differentiate(game, optimizer, solver, challenger, len(kept))
             loss = sol["loss"] + s.alpha_ch * ch["loss"]
             if math.isfinite(loss):
                 norm = optimizer.step(rate, s.grad_clip)
             if norm is None or not math.isfinite(norm):
-                faults = ranks.gather(culprits(game, optimizer, kept, solver, challenger)) or [
+                faults = ranks.gather(culprits(game, optimizer, mine, solver, challenger)) or [
                     {"query": None, "answer": None, "what": "gradient of all samples together"}]
     mean = lambda key, per, sums: sums[key] / sums[per] if sums[per] else None
     entropy = lambda sums: -sums["logp"] / sums["tokens"] if sums["tokens"] else None
@@ -332,7 +332,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
                 save()
     except runs.RunStopped as error:
         reason = ranks.agreed(error)
-        if not reason.can_save:
+        if not getattr(reason, "can_save", False):
             raise reason from None
         save()
         raise runs.RunStopped(f"{reason}; {run.how_to_go_on()}", reason.code) from None

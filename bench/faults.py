@@ -272,8 +272,8 @@ def injection(kind: str, step: int, bad: float):
                 r.answer_rows[0][1].logp[0] = bad
             return r
 
-        def spoilt(game, rows, weight):
-            sums = accumulate(game, rows, weight)
+        def spoilt(game, rows, weight, count=None):
+            sums = accumulate(game, rows, weight, count)
             mine = any(row.prompt == spoilt.prompt for row in rows) if rows else False
             if game.at == step and mine and kind == "gradient":
                 next(game.policy.parameters()).grad[0, 0] = bad
@@ -281,9 +281,9 @@ def injection(kind: str, step: int, bad: float):
                 sums["loss"] = bad
             return sums
 
-        def first(game, optimizer, solver, challenger):
+        def first(game, optimizer, solver, challenger, count):
             spoilt.prompt = solver[0].prompt
-            return differentiate(game, optimizer, solver, challenger)
+            return differentiate(game, optimizer, solver, challenger, count)
         differentiate, train.differentiate = train.differentiate, first
         train.play, train.accumulate, phases.accumulate = spoilt_play, spoilt, spoilt
     return spoil

@@ -12,6 +12,7 @@ beside transformers' generate. logp: sampler against trainer. attention: which k
 best of ten copies of 1 GiB and of ten bf16 products of 8,192 squared, or 85 % of the data sheet
 where that is more.
 """
+import gc
 import json
 import subprocess
 import sys
@@ -55,8 +56,12 @@ CHALLENGER, TEMPLATE, RUBRIC = 298, 35, (299, 37)
 
 # ---------------------------------------------------------------- random models
 
+def load(args, **more) -> Load:
+    return Load(args.shape, layers=args.layers, vocabulary=args.vocabulary, **more)
+
+
 def config_of(args, *, head: bool = False) -> dict:
-    raw = measure.config_of(Load(args.shape, layers=args.layers)) | {"torch_dtype": "bfloat16"}
+    raw = measure.config_of(load(args)) | {"torch_dtype": "bfloat16"}
     scalar = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "score"}}
     return raw | (scalar if head else {})
 
@@ -76,9 +81,8 @@ def random_llama(args, *, seed: int, dtype=None, head: bool = False) -> Llama:
 
 
 def random_rows(args, prompts: int, group: int, prompt: int, new: int) -> list[Row]:
-    load = Load(args.shape, prompts=prompts, group=group)
-    asked = measure.random_tokens(load, prompts, prompt, seed=1)
-    said = measure.random_tokens(load, load.rows, new, seed=2)
+    asked = measure.random_tokens(load(args), prompts, prompt, seed=1)
+    said = measure.random_tokens(load(args), prompts * group, new, seed=2)
     g = torch.Generator().manual_seed(2)
     return [Row(asked[i // group], Completion(ids, [-1.0] * new, False),
                 torch.randn((), generator=g).item()) for i, ids in enumerate(said)]
@@ -228,7 +232,8 @@ def step_child(args) -> list[dict]:
 def step_section(args, bound) -> tuple[list[dict], str]:
     rows = []
     for limit in args.limits:
-        flags = {"shape": args.shape, "layers": args.layers, "device": args.device,
+        flags = {"shape": args.shape, "layers": args.layers, "vocabulary": args.vocabulary,
+                 "device": args.device,
                  "dtype": str(args.dtype).removeprefix("torch."),
                  "micro-batch-tokens": args.micro_batch_tokens, "batch-tokens": args.batch_tokens,
                  "query-tokens": args.query_tokens, "answer-tokens": args.answer_tokens,
@@ -255,7 +260,7 @@ def decode_section(args, bound) -> tuple[list[dict], str]:
     prompt, new, rows = args.prompt_tokens, args.new_tokens, []
     for batch in (1, 64):
         group = min(8, batch)
-        prompts = measure.random_tokens(Load(args.shape), batch // group, prompt, seed=1)
+        prompts = measure.random_tokens(load(args), batch // group, prompt, seed=1)
         for side in ("ours", "transformers", *(["ours, compiled"] if args.compile else [])):
             if measure.missing(side.split(",")[0]):
                 rows.append({"batch": batch, "side": side, "skipped": measure.missing(side)})
@@ -333,7 +338,7 @@ def update_section(args, bound) -> tuple[list[dict], str]:
     """
     rows = random_rows(args, args.queries, args.queries, args.query_tokens + TEMPLATE,
                        args.answer_tokens)
-    body, head = measure.sizes(Load(args.shape, layers=args.layers))
+    body, head = measure.sizes(load(args))
     said = len(rows) * args.answer_tokens
     read = said - len(rows) + args.queries * (args.query_tokens + TEMPLATE)
     forward = 2.0 * (body * read + head * said)
@@ -386,7 +391,7 @@ def logp_section(args, bound) -> tuple[list[dict], str]:
     """The sampler's log-probs against the trainer's, at temperature 1: |difference|, nats a token.
     Beside them a second pass of the trainer's in batches of another make-up, which rounds anew."""
     model = random_llama(args, seed=2)
-    prompts = measure.random_tokens(Load(args.shape), 8, args.prompt_tokens, seed=1)
+    prompts = measure.random_tokens(load(args), 8, args.prompt_tokens, seed=1)
     groups = sample(model, prompts, num_samples=8, max_new_tokens=args.new_tokens,
                     generator=torch.Generator().manual_seed(0))
     rows = [Row(p, c, 1.0) for p, group in zip(prompts, groups) for c in group]
@@ -445,6 +450,7 @@ def number(x, form: str) -> str:
 
 
 def release(args):
+    gc.collect()
     if args.where.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -453,6 +459,7 @@ def main():
     parser = Parser(description="One GPU, exact shapes, random weights.")
     parser.add_argument("--shape", choices=list(measure.SHAPES), default="llama-3.2-3b")
     parser.add_argument("--layers", type=int, help="cut the shape's depth (default: all)")
+    parser.add_argument("--vocabulary", type=int, help="cut the shape's (default: all)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the device's")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
@@ -490,7 +497,8 @@ def main():
         begun = time.perf_counter()
         rows, table = run[name](args, bound)
         line = {"benchmark": "gpu", "section": name, "date": str(date.today()),
-                "shape": args.shape, "layers": args.layers, "torch": torch.__version__,
+                "shape": args.shape, "layers": args.layers, "vocabulary": args.vocabulary,
+                "torch": torch.__version__,
                 "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
                 "dtype": str(args.dtype), "seconds": time.perf_counter() - begun,
                 "bounds": bound, "rows": rows}

@@ -1,6 +1,6 @@
 """RLPT in the embedded world over many seeds: every run of README.md's figure and table.
 
-    python bench/tiny_rlpt_seeds.py --seeds 1001 1002 1003 1004 1005          # about an hour
+    python bench/tiny_rlpt_seeds.py --seeds 1001 1002 1003 1004 1005          # 20 minutes
     python bench/tiny_rlpt_seeds.py --seeds 1001 1002 1003 1004 1005 --print  # what is there
     python bench/tiny_rlpt_seeds.py --seeds 1 2 --only both hole --results /tmp/tuning
 
@@ -26,29 +26,28 @@ RUNS = {
     "sampled": ["--judge-temperature", "1"],
     "expected": ["--verdict", "expected"],
 }
-HEADS = ("asr_hard", "msr_hard", "asr_easy", "msr_easy", "R", "truncated", "seconds")
+HEADS = ("asr_hard", "msr_hard", "asr_easy", "msr_easy", "R", "truncated", "tokens")
 
 
 def figures(folder: Path) -> dict:
-    """What the table shows of a run: greedy accuracy on held-out stories at its end; the mean
-    reward and the share of sampled predictions that break off, both over the last ten steps."""
+    """What the table shows of a run: greedy accuracy on held-out stories at its end; over its last
+    ten steps the mean reward, share of predictions that break off and tokens of an answer."""
     last = lines(folder / "eval.jsonl")[-1]["accuracy"]
     metrics = lines(folder / "metrics.jsonl")[-10:]
     mean = lambda key: statistics.mean(m[key] for m in metrics)
     return last | {"R": mean("reward"), "truncated": mean("truncated_predictions"),
-                   "seconds": float((folder / "seconds.txt").read_text())}
+                   "tokens": mean("answer_length")}
 
 
 def table(names: list[str], seeds: list[int], results: Path) -> list[str]:
     """README.md's table, a line a setting: the mean, and from least to most over the seeds."""
     start = lines(results / f"{names[0]}-{seeds[0]}" / "eval.jsonl")[0]["accuracy"]
     out = [f"| setting | {' | '.join(HEADS)} |", "|---" * (len(HEADS) + 1) + "|",
-           f"| the base | {' | '.join(f'{start[k]:.3f}' if k in start else '-' for k in HEADS)} |"]
+           f"| the base | {' | '.join(f'{start[k]:.2f}' if k in start else '-' for k in HEADS)} |"]
     for name in names:
         rows = [figures(results / f"{name}-{seed}") for seed in seeds]
-        cells = [f"{statistics.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" if key != "seconds"
-                 else f"{min(v):.0f} to {max(v):.0f}"
-                 for key in HEADS for v in [[row[key] for row in rows]]]
+        columns = [[row[key] for row in rows] for key in HEADS]
+        cells = [f"{statistics.mean(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in columns]
         out.append(f"| {name} | {' | '.join(cells)} |")
     return out
 

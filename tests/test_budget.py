@@ -1,15 +1,20 @@
 """The budget: hand-worked sizes, what fits and what would make it, dry runs from config.json alone,
 measured peaks, work counted against PyTorch's own counter."""
 import dataclasses
+import gc
+import importlib.util
 import json
 import re
 import sys
+from contextlib import contextmanager
+from itertools import accumulate
 
 import pytest
 import torch
 from checkpoints import CONFIGS, random_llama, write_checkpoint
 from conftest import ROOT
 from huggingface_hub import errors
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import budget
@@ -23,6 +28,14 @@ from cache import Cache
 from files import InputError, pick_device, read_json
 from model import Llama, parse_config, read_config
 from settings import resolve
+
+sys.path.append(str(ROOT / "bench"))             # last: its budget.py must not hide the project's
+
+import measure  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("bench_budget", ROOT / "bench/budget.py")
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
 
 GB = 1e9
 LINUX = phases.resident("VmRSS") is not None
@@ -130,6 +143,46 @@ def test_models_in_two_roles_count_once_and_another_judge_counts(tmp_path):
     assert roles(reward="tiny", beta=0.0, algo="lsp-zero") == ["policy"]
     s, _ = resolve({"model": m, "reward": m, "judge": j, "device": "cpu"})
     assert "\njudge " in report.table(budget.budget(s, *budget.plan(s)), {})
+
+
+# ---------------------------------------------------------------- against tensors that were made
+
+class Weighed(phases.Phases):
+    """Phases whose peak is that of the bytes that PyTorch's CPU allocator gave out: exact."""
+
+    @contextmanager
+    def __call__(self, name, model=None):
+        gc.collect()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            with super().__call__(name, model):
+                yield
+        events = sorted((e.start_ns(), e.nbytes())
+                        for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
+        self.peak_gb[name] = max(accumulate(size for _, size in events)) / GB
+
+
+SHAPE = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize("changes, chunk", [
+    ({}, 2**24), ({"checkpointing": True, "self_reward": "expected"}, 2**17)])
+def test_every_phases_estimate_is_within_15_percent_of_the_bytes_it_took(
+        monkeypatch, changes, chunk):
+    monkeypatch.setattr(bench, "CHALLENGER", 60)
+    monkeypatch.setattr(bench, "RUBRIC", 50)
+    monkeypatch.setitem(measure.SHAPES, "small", SHAPE)
+    monkeypatch.setitem(budget.LOGITS_PER_CHUNK, "cpu", chunk)
+    game, optimizer = bench.set_up(measure.Load("small"), bench.GAME | {
+        "queries": 4, "answers": 3, "query_tokens": 48, "answer_tokens": 64, "judge_tokens": 4,
+        "micro_batch_tokens": 256} | changes)
+    game.phase = Weighed()
+    r = train.play(game, 0)
+    train.update(game, optimizer, r, 0)
+    for name, parts in bench.estimates(game).items():
+        work = sum(size for part, size in parts.items() if part in (
+            "gradients", *set(budget.PARTS) - set(budget.STATIC)))
+        assert 0.85 < work / GB / game.phase.peak_gb[name] < 1.15, name
 
 
 # ---------------------------------------------------------------- what fits

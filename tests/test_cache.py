@@ -1,4 +1,6 @@
 """Work that is shared, departures and captured steps change no result, and are really saved."""
+from collections import Counter
+
 import pytest
 import torch
 from checkpoints import random_llama
@@ -53,6 +55,17 @@ def test_shared_prompts_have_the_gradients_of_whole_rows(kind, checkpointing):
     for name, gradient in shared.items():
         plain = dict(model.named_parameters())[name].grad
         assert (gradient - plain).norm() / plain.norm() < 1e-9, name
+
+
+def test_gradients_of_rests_do_not_wait_for_those_of_prompts(llama):
+    """In one backward pass each weight's would be handed over once, when both are there."""
+    counts = Counter()
+    for name, p in llama.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: counts.update([name]))
+    shared_forward(llama, PROMPTS, [0, 0, 2], random_lists([5, 2, 9])).sum().backward()
+    layers = llama.config.num_hidden_layers
+    for name in ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"):
+        assert [counts[f"model.layers.{i}.{name}.weight"] for i in range(layers)] == [2] * layers
 
 
 def test_a_micro_batch_runs_each_prompt_once(llama):

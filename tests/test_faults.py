@@ -330,8 +330,8 @@ def test_out_of_memory_in_the_update_is_tried_once_more_with_half_the_micro_batc
     play("--out", "roomy", steps=1)
     accumulate, errors = train.accumulate, []
 
-    def tight(game, rows, weight):
-        sums = accumulate(game, rows, weight)          # its gradient must be forgotten
+    def tight(game, rows, weight, count):
+        sums = accumulate(game, rows, weight, count)   # its gradient must be forgotten
         if game.settings.micro_batch_tokens > limit:
             errors.append(game.settings.micro_batch_tokens)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -170,3 +170,17 @@ def test_transformers_gives_the_stories_model_the_same_logits():
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY)(torch.tensor([ids])).logits
         assert (model.logits(model(torch.tensor([ids]))) - theirs).abs().max() < 1e-4
+
+
+def test_the_stored_runs_are_whole_and_of_the_shipped_settings():
+    shipped = json.loads((TINY / "training.json").read_text())
+    changed = {"asr": "msr_weight", "msr": "msr_weight"}
+    folders = sorted((evaluation.HERE / "bench/results/tiny-rlpt").iterdir())
+    assert len(folders) == 40
+    for folder in folders:
+        name, _, seed = folder.name.rpartition("-")
+        config = json.loads((folder / "config.json").read_text())
+        lines = (folder / "eval.jsonl").read_text().splitlines()
+        assert config["seed"] == int(seed) and json.loads(lines[-1])["step"] == shipped["steps"]
+        assert all(config[k] == value for k, value in shipped.items() if k != changed.get(name))
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == shipped["steps"]
