@@ -1,7 +1,7 @@
 """budget.py's estimates against measured memory: a step's phases, each workload in its own process.
 
     python bench/budget.py --out bench/results/budget.jsonl
-    python bench/budget.py --only wide
+    python bench/budget.py --only generate
 
 A child builds random models, AdamW's moments too, and plays a step of train.py's game whose texts
 all run to their limits. Growth over idle is the kernel's high-water mark of a phase minus what was
@@ -34,15 +34,14 @@ from model import Llama
 from rewards import RewardModel
 from settings import Settings
 
-DEEP = Load("smollm2-135m", layers=15)
-WIDE = Load("llama-3.2-1b", layers=2, vocabulary=24576)
-GAME = dict(model="random", reward="random", queries=4, answers=3, query_tokens=96,
-            answer_tokens=64, judge_tokens=8, self_reward="generate", micro_batch_tokens=700)
-# Weights with AdamW's moments 1.6 GB and 3.4 GB.
+MODEL = Load("smollm2-135m")
+GAME = dict(model="random", reward="random", queries=16, answers=4, query_tokens=96,
+            answer_tokens=64, judge_tokens=8, self_reward="generate", micro_batch_tokens=2048)
+# Weights of three models with AdamW's moments 2.7 GB, and enough texts that each phase takes more
+# than the 10 to 20 MB that are no tensors.
 WORKLOADS = {
-    "deep": (DEEP, GAME),
-    "wide, expected": (WIDE, GAME | {"self_reward": "expected"}),
-    "deep, checkpointing": (DEEP, GAME | {"checkpointing": True}),
+    "generate": (MODEL, GAME),
+    "expected, checkpointing": (MODEL, GAME | {"self_reward": "expected", "checkpointing": True}),
 }
 SMALLEST = {"smallest": (Load("tiny"), GAME | {"queries": 2, "answers": 2, "query_tokens": 5,
                                                "answer_tokens": 5, "judge_tokens": 3})}
@@ -89,7 +88,8 @@ def set_up(load: Load, changes: dict) -> tuple[Game, MasterAdamW]:
 def estimates(game: Game) -> dict[str, dict]:
     roles = {"policy": game.policy, "reference": game.reference, "reward model": game.reward.model}
     models = {role: model.config for role, model in roles.items()}
-    text = {"challenger": CHALLENGER, "judge": budget.TURN + RUBRIC, "rubric": RUBRIC}
+    text = {"challenger": CHALLENGER, "judge": budget.TURN + RUBRIC, "rubric": RUBRIC,
+            "shown": game.settings.query_tokens}
     return budget.budget(game.settings, models, text, budget.Machine("cpu", 4, 0.0, "none"))
 
 
