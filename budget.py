@@ -156,18 +156,18 @@ def sampling(c: Config, width: int, *, rows: int, each: int, prompt: int, common
 
 
 def chunked(c: Config, tokens: int, chunk: int) -> tuple[int, int]:
-    """Logits that Llama.log_probs makes at once, and how many of them are there together."""
-    entries = min(chunk + c.vocab_size, tokens * c.vocab_size)
-    return entries, 1 + (entries < tokens * c.vocab_size)
+    """Logits in Llama.log_probs' first chunk, and in its second, which meets what is left of it."""
+    first = min(chunk + c.vocab_size, tokens * c.vocab_size)
+    return first, min(first, tokens * c.vocab_size - first)
 
 
 def scoring(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int,
             chunk: int = 0) -> list[dict]:
     """cache.shared_forward without gradients: prompts, whose keys and values are kept, then what
     follows them; then, with a chunk, log-probs."""
-    # The chunk before, and this one before and after it is divided by the temperature.
-    entries, together = chunked(c, B * rest, chunk)
-    logits = 4 * (1 + together) * entries if chunk else 0
+    # A chunk is there before and after it is divided by the temperature, beside the one before it.
+    first, second = chunked(c, B * rest, chunk)
+    logits = max(8 * first, 4 * first + 8 * second) if chunk else 0
     held = P * prompt * token_cache(c, width)
     hidden = P * prompt * c.hidden_size * width
     joined = (2 * B * (prompt + rest) * keys(c) * width      # Continuation.write, one layer's
@@ -210,10 +210,10 @@ def differentiating(c: Config, width: int, *, B: int, P: int, prompt: int, rest:
     waiting += mask(c, B, rest, prompt + rest, width) + 3 * D * tokens * width
     # ChunkedLogProbs divides a chunk's logits by the temperature; its backward pass works in place,
     # and rounds. The head's gradient waits for the embedding's.
-    entries, together = chunked(c, B * rest, chunk)
-    back = 4 * together + (2 * together if width == 2 else 0)
-    return [{"activations": waiting, "logits": 4 * (1 + together) * entries},
-            {"activations": waiting, "logits": back * entries, "head's gradient": D * V * width},
+    first, second = chunked(c, B * rest, chunk)
+    back = (4 + 2 * (width == 2)) * (first + second)
+    return [{"activations": waiting, "logits": max(8 * first, 4 * first + 8 * second)},
+            {"activations": waiting, "logits": back, "head's gradient": D * V * width},
             {"activations": waiting + block + longest * 4 * inner * width,
              "head's gradient": D * V * width},
             {"activations": waiting * P * prompt / tokens, "head's gradient": 2 * D * V * width}]

@@ -8,9 +8,7 @@
     python eval.py plot base M --out bars.png                # and curves: plot runs/tiny-lsp-*
 
 What is measured is written as it comes; the same command again goes on where it was interrupted.
-train.py calls evaluate() and evaluate_world() while it trains.
 """
-import math
 import os
 import re
 import shlex
@@ -19,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import benchmarks
@@ -28,67 +25,15 @@ import judges
 import plot
 import results
 import rewards
-import rlpt
 from chat import Tokenizer
+from cli import Parser, run_script
 from config import parse_config
 from data import EVALUATE, generator
 from files import HERE, InputError, find_model, pick_device, prompt_file, read_json, read_prompt
 from model import load_model
 from results import append_line, read_lines
-from runs import Parser, run_script, write_json
+from runs import write_json
 from sample import sample, text_of
-
-# ---------------------------------------------------------------- during a run
-
-def greedy(game, queries: list[str]) -> tuple[list[str], Tensor]:
-    """The Solver's likeliest answers, and whether each came to its end, (len,) bool."""
-    prompts = [game.tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
-    rows = sample(game.policy, prompts, max_new_tokens=game.settings.answer_tokens, temperature=0,
-                  stop_ids=game.tokenizer.stop_ids, batch_tokens=game.settings.batch_tokens)
-    texts = [text_of(game.tokenizer, row) for (row,) in rows]
-    return texts, torch.tensor([row.stopped for (row,) in rows])
-
-
-def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list[dict]]:
-    """Greedy answers to held-out prompts: mean reward, win-rate against the start's answers.
-
-    A win is a higher reward for the same prompt, a tie counts half. The reward is the run's own, so
-    a rise here can still be a weakness of the reward. Returns the figures, and what was answered:
-    a record a prompt. start: those records of the starting model; None: this is the start.
-    """
-    queries, golds = map(list, zip(*held_out))
-    answers, stopped = greedy(game, queries)
-    game.phase.call(game.scorer)
-    ours = rewards.as_rewards(game.reward(queries, answers, golds), len(queries))          # (len,)
-    if game.settings.reward in rewards.VERIFIABLE:         # as in training: cut off is not answered
-        ours = ours * stopped
-    answered = [{"query": q, "answer": a, "reward": r}
-                for q, a, r in zip(queries, answers, ours.tolist())]
-    theirs = torch.tensor([math.nan if record["reward"] is None else record["reward"]
-                           for record in start or answered])                               # (len,)
-    wins = (ours > theirs).float() + (ours == theirs).float() / 2
-    figures = {"reward": ours.mean().item(), "win_rate": wins.mean().item(), "n": len(held_out)}
-    return figures, answered
-
-
-def evaluate_world(game) -> dict:
-    """The embedded world: greedy accuracy on all held-out sums; what 1,000 sampled queries are.
-    In rlpt: greedy accuracy on all held-out stories; the share of predictions that break off."""
-    s, world = game.settings, game.world
-    if game.texts:
-        tasks = world.held_out_tasks()
-        answers, _ = greedy(game, [rlpt.pose(game, *task).query for task in tasks])
-        return world.story_figures(tasks, [rlpt.extract(answer, 0)[0] for answer in answers])
-    queries = world.held_out_queries()
-    record = {"accuracy": world.accuracy(queries, greedy(game, queries)[0]), "challenger": None}
-    if game.challenger_prompt:
-        (rows,) = sample(game.policy, [game.challenger_prompt], num_samples=1000,
-                         temperature=s.temperature, max_new_tokens=s.query_tokens,
-                         stop_ids=game.tokenizer.stop_ids, batch_tokens=s.batch_tokens,
-                         generator=generator(s.seed, 0, EVALUATE))
-        record["challenger"] = world.challenger_shares([text_of(game.tokenizer, r) for r in rows])
-    return record
-
 
 # ---------------------------------------------------------------- answers
 

@@ -21,9 +21,9 @@ from fractions import Fraction
 from math import comb
 from pathlib import Path
 
+from cli import Parser, run_script
 from data import read_entries
 from files import InputError
-from runs import Parser, run_script
 
 # ---------------------------------------------------------------- MATH answers
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import ranks
-from runs import RunStopped
+from cli import RunStopped
 
 # ---------------------------------------------------------------- signals
 

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cli import RunStopped
 from files import InputError
-from runs import RunStopped
 
 # How long the others wait for a rank. torchrun sees at once that one has ended; this is for one
 # that hangs, and must outlast the writing of a checkpoint and the longest difference in a phase.

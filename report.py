@@ -191,11 +191,15 @@ def seconds_of(s, models: dict[str, Config], text: dict[str, int], width: int,
     return found
 
 
+def unit_of(sizes) -> tuple[str, float]:
+    return ("GB", 1e9) if max(sizes) > 1e9 else ("MB", 1e6)
+
+
 def table(found: dict[str, dict], host: dict[str, float]) -> str:
     """Phases as columns, parts as rows, GB of 1e9 bytes (MB of 1e6 for small models); the last
     column is host memory."""
     wide, total = 10, [sum(parts.values()) for parts in [*found.values(), *[host] * bool(host)]]
-    name, unit = ("GB", 1e9) if max(total) > 1e9 else ("MB", 1e6)
+    name, unit = unit_of(total)
     number = lambda size: f"{size / unit:{wide}.2f}" if size else " " * (wide - 1) + "-"
     row = lambda name, sizes: f"{name:18}" + "".join(map(number, sizes))
     parts_of = [*PARTS, *(part for part in host if part not in PARTS)]
@@ -220,10 +224,12 @@ def opening(s) -> str:
     needed = budget.plan(s)
     found, memory = budget.budget(s, *needed), needed[-1]
     fixed = {part: size for part, size in found["update"].items() if part in budget.STATIC}
-    number = lambda sizes: "  ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
-    return (f"memory, GB    {number(fixed)}\n"
-            f"peaks, GB     {number({name: sum(parts.values()) for name, parts in found.items()})}"
-            f"  of {memory.memory / 1e9:.1f} ({memory.source}): {budget.advice(s, needed)}")
+    peaks = {name: sum(parts.values()) for name, parts in found.items()}
+    name, unit = unit_of(peaks.values())
+    number = lambda sizes: "  ".join(f"{part} {size / unit:.2f}" for part, size in sizes.items())
+    return (f"memory, {name}    {number(fixed)}\n"
+            f"peaks, {name}     {number(peaks)}"
+            f"  of {memory.memory / 1e9:.1f} GB ({memory.source}): {budget.advice(s, needed)}")
 
 
 def disk(s, c: Config, width: int) -> float:

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from cache import Cache, prefill
 from chat import Tokenizer, fill
+from cli import Parser, run_script
 from files import InputError, find_model, pick_device, prompt_file, read_prompt
 from model import Llama, load_model
 from ranks import gather, share
-from runs import Parser, run_script
 
 
 @dataclass

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import cli
 import log
 import lsp
 import ranks
@@ -34,13 +35,14 @@ import rewards
 import runs
 from chat import fit
 from data import CHALLENGE, JUDGE, SOLVE, draw, generator
-from eval import evaluate, evaluate_world, read_lines
 from files import pick_device
 from game import Game, set_up
 from gradient import Row, accumulate, culprits, refer, unsound
+from heldout import evaluate, evaluate_world
 from memory import MasterAdamW
 from model import save_model
 from phases import StopRequest, out_of_memory
+from results import read_lines
 from rlpt import draw_episodes
 from sample import Completion, sample, text_of
 from settings import Settings, resolve, run_name
@@ -326,24 +328,24 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
             if step % 10 == 0:
                 print(log.example_line(r), flush=True)
             if bad_steps >= s.max_bad_steps:
-                raise runs.RunStopped(f"{bad_steps} updates in a row were skipped, the last one: "
+                raise cli.RunStopped(f"{bad_steps} updates in a row were skipped, the last one: "
                                       + log.fault_text(learnt["faults"]))
             if step % s.save_every == 0 or step == s.steps:
                 save()
-    except runs.RunStopped as error:
+    except cli.RunStopped as error:
         reason = ranks.agreed(error)
         if not getattr(reason, "can_save", False):
             raise reason from None
         save()
-        raise runs.RunStopped(f"{reason}; {run.how_to_go_on()}", reason.code) from None
+        raise cli.RunStopped(f"{reason}; {run.how_to_go_on()}", reason.code) from None
     print(log.closing_lines(out, evals))
 
 
 def main():
-    parser = runs.Parser(description="Language Self-Play, LSP-Zero, GRPO and RLPT on one Llama.")
-    runs.add_flags(parser, Settings)
+    parser = cli.Parser(description="Language Self-Play, LSP-Zero, GRPO and RLPT on one Llama.")
+    cli.add_flags(parser, Settings)
     train(*resolve(vars(parser.parse_args())))
 
 
 if __name__ == "__main__":
-    runs.run_script(lambda: ranks.together(main))
+    cli.run_script(lambda: ranks.together(main))

@@ -25,13 +25,13 @@ from measure import Load
 import budget
 import phases
 import train
+from cli import run_script
 from config import parse_config
 from files import InputError
 from game import Game
 from memory import MasterAdamW
 from model import Llama
 from rewards import RewardModel
-from runs import run_script
 from settings import Settings
 
 DEEP = Load("smollm2-135m", layers=15)

@@ -30,6 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
 from checkpoints import write_checkpoint  # noqa: E402
 
+import cli  # noqa: E402
 import log  # noqa: E402
 import phases  # noqa: E402
 import rewards  # noqa: E402
@@ -79,7 +80,7 @@ def start(world: Path, out: Path, game: str, *flags, spoil=None) -> int:
         sys.argv = ["train.py", *COMMON, *GAMES[game], "--out", str(out), "--requeue", *flags]
         if spoil:
             spoil()
-        runs.run_script(train.main)
+        cli.run_script(train.main)
         code = 0
     except SystemExit as end:
         code = end.code

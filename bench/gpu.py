@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import report
 from chat import Tokenizer
+from cli import Parser, run_script
 from files import InputError, pick_device
 from game import Game
 from gradient import Row, accumulate, completion_logp, refer
@@ -37,7 +38,6 @@ from model import Llama, parse_config
 from phases import Phases, out_of_memory
 from results import append_line
 from rewards import RewardModel
-from runs import Parser, run_script
 from sample import Completion, sample
 from settings import ALGOS, MODELS, Settings, resolve
 from train import play, update

@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoints import write_checkpoint  # noqa: E402
 
+from cli import Parser  # noqa: E402
 from results import append_line  # noqa: E402
-from runs import Parser  # noqa: E402
 
 PHASES = ("challenge", "solve", "reward", "judge", "reference", "update")
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import lsp
 import train
 from chat import Tokenizer
+from cli import run_script
 from gradient import Row, accumulate, refer
 from memory import MasterAdamW
-from runs import run_script
 from sample import Completion
 from settings import Settings
 from train import Game

@@ -18,9 +18,9 @@ import torch  # noqa: E402
 
 import rewards  # noqa: E402
 from chat import Tokenizer  # noqa: E402
+from cli import Parser, run_script  # noqa: E402
 from files import find_model, pick_device, prompt_file, read_prompt  # noqa: E402
 from model import load_model  # noqa: E402
-from runs import Parser, run_script  # noqa: E402
 from texts import Texts  # noqa: E402
 
 KINDS = {"first": True, "first two": True, "second": False, "another": False}

@@ -24,10 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import cli  # noqa: E402
 import gradient  # noqa: E402
 import lsp  # noqa: E402
 import plot  # noqa: E402
-import runs  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from files import InputError  # noqa: E402
@@ -243,4 +243,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    cli.run_script(main)

@@ -73,7 +73,7 @@ def folder_of(place: Path):
     for entry in ROOT.iterdir():
         if entry.name not in ("runs", "results") and not entry.name.startswith("."):
             (place / entry.name).symlink_to(entry)
-    block = re.search(r"((?: {4}.*\n|\n)+?) {4}runs\.run_script\(train\.main\)\n",
+    block = re.search(r"((?: {4}.*\n|\n)+?) {4}cli\.run_script\(train\.main\)\n",
                       DOCUMENTS["README.md"])[0]
     (place / "my_reward.py").write_text(re.sub(r"^ {4}", "", block, flags=re.MULTILINE))
 

@@ -18,10 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import budget
+import cli
 import files
 import phases
 import report
-import runs
 import train
 from budget import Machine
 from cache import Cache
@@ -260,7 +260,7 @@ def test_a_card_without_bf16_computes_in_fp32(monkeypatch):
 def script(monkeypatch, capsys, *flags) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     with pytest.raises(SystemExit) as end:
-        runs.run_script(train.main)
+        cli.run_script(train.main)
     return end.value.code, *capsys.readouterr()
 
 

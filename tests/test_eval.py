@@ -10,9 +10,11 @@ from checkpoints import write_checkpoint
 import benchmarks
 import eval as eval_script
 import grade
+import heldout
 import results
+from cli import run_script
 from files import HERE, InputError
-from runs import run_script
+from phases import Phases
 from tiny import world
 
 
@@ -276,16 +278,16 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(monkeypatch, capsys, tmp_pat
 # ---------------------------------------------------------------- during a run
 
 def test_win_rate_counts_ties_half_and_cut_off_answers_as_wrong(monkeypatch):
-    game = SimpleNamespace(settings=SimpleNamespace(reward="exact"),
+    game = SimpleNamespace(settings=SimpleNamespace(reward="exact"), phase=Phases(), scorer=None,
                            reward=lambda q, a, g: torch.tensor([1.0, 1.0, 0.0, 1.0]))
     held_out = [("q", "1")] * 4
     ends = torch.tensor([True, True, True, False])           # the last one was cut off
-    monkeypatch.setattr(eval_script, "greedy", lambda game, queries: (["a"] * 4, ends))
+    monkeypatch.setattr(heldout, "greedy", lambda game, queries: (["a"] * 4, ends))
     start = [{"reward": r} for r in (0.0, 1.0, 1.0, 0.0)]
-    figures, answered = eval_script.evaluate(game, held_out, start)      # win, tie, loss, tie
+    figures, answered = heldout.evaluate(game, held_out, start)      # win, tie, loss, tie
     assert figures == {"reward": 0.5, "win_rate": 0.5, "n": 4}
     assert [a["reward"] for a in answered] == [1, 1, 0, 0]
-    assert eval_script.evaluate(game, held_out, None)[0]["win_rate"] == 0.5
+    assert heldout.evaluate(game, held_out, None)[0]["win_rate"] == 0.5
 
 
 # ---------------------------------------------------------------- real data, with --assets

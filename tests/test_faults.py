@@ -13,6 +13,7 @@ import torch
 from checkpoints import random_llama, write_checkpoint
 from conftest import ROOT
 
+import cli
 import game as players
 import log
 import phases
@@ -48,8 +49,8 @@ def play(world, monkeypatch):
     return main
 
 
-def stopped(main, *flags, **options) -> runs.RunStopped:
-    with pytest.raises(runs.RunStopped) as reason:
+def stopped(main, *flags, **options) -> cli.RunStopped:
+    with pytest.raises(cli.RunStopped) as reason:
         main(*flags, **options)
     return reason.value
 
@@ -358,7 +359,7 @@ def test_out_of_memory_in_the_update_is_tried_once_more_with_half_the_micro_batc
     ("judge", RuntimeError("DefaultCPUAllocator: can't allocate memory"),
      "--batch-tokens or --judge-tokens")])
 def test_out_of_memory_names_its_phase_and_two_switches(name, error, switches):
-    with pytest.raises(runs.RunStopped, match=rf"phase {name} \(lower {switches}\)"):
+    with pytest.raises(cli.RunStopped, match=rf"phase {name} \(lower {switches}\)"):
         with phases.Phases()(name):
             raise error
     with pytest.raises(RuntimeError, match="shape"):
@@ -368,9 +369,9 @@ def test_out_of_memory_names_its_phase_and_two_switches(name, error, switches):
 
 def test_a_stopped_run_ends_a_script_in_one_line_with_its_code(capsys):
     def main():
-        raise runs.RunStopped("the disk is full", 3)
+        raise cli.RunStopped("the disk is full", 3)
     with pytest.raises(SystemExit) as end:
-        runs.run_script(main)
+        cli.run_script(main)
     assert end.value.code == 3 and capsys.readouterr().err.count("\n") == 1
 
 

@@ -14,11 +14,11 @@ from checkpoints import TOKENIZER, write_checkpoint
 from conftest import ROOT
 from huggingface_hub.utils import filter_repo_objects
 
+import cli
 import contain
 import files
 import log
 import rewards
-import runs
 import sample
 import train
 from chat import Tokenizer, fit
@@ -71,7 +71,7 @@ def refusal(root, main, monkeypatch, capsys, *flags) -> str:
     monkeypatch.setattr(sys, "argv", ["script.py", *flags])
     before = listing(root)
     with pytest.raises(SystemExit) as stopped:
-        runs.run_script(main)
+        cli.run_script(main)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == "" and listing(root) == before
     assert err.startswith("script.py: ") and err.count("\n") == 1 and "usage" not in err

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from checkpoints import random_llama
 from conftest import ROOT
 
+import cli
 import game as players
 import gradient
 import log
@@ -65,7 +66,7 @@ def on_ranks(W: int, main, said: Path) -> list[int]:
             sys.stderr = open(2, "w", closefd=False)
             os.environ |= {"RANK": str(number), "WORLD_SIZE": str(W), "LOCAL_RANK": str(number),
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            runs.run_script(partial(ranks.together, partial(main, number)))
+            cli.run_script(partial(ranks.together, partial(main, number)))
             code = 0
         except SystemExit as end:
             code = end.code
@@ -378,7 +379,7 @@ def in_a_save(policy, folder):
         die()
 
 train.learning_rate, train.save_model = in_a_step, in_a_save
-runs.run_script(lambda: ranks.together(train.main))
+cli.run_script(lambda: ranks.together(train.main))
 """
 
 

@@ -30,7 +30,7 @@ from documents import (
     why_not,
 )
 
-import runs
+import cli
 from settings import Settings
 
 README, BENCH = DOCUMENTS["README.md"], DOCUMENTS["bench/README.md"]
@@ -70,8 +70,8 @@ def test_flags_of_commands_that_cannot_be_run_here_are_real():
 
 @pytest.mark.parametrize("command", [c for c in ELSEWHERE if " train.py" in c])
 def test_a_training_command_that_cannot_be_run_here_parses(command):
-    parser = runs.Parser()
-    runs.add_flags(parser, Settings)
+    parser = cli.Parser()
+    cli.add_flags(parser, Settings)
     parser.parse_args(script_of(command)[1])
 
 

@@ -9,8 +9,8 @@ import torch
 from checkpoints import CONFIGS, random_llama, random_weights, write_checkpoint
 from conftest import ROOT
 
+import cli
 import lsp
-import runs
 import settings
 import train
 from data import draw, read_data
@@ -240,7 +240,7 @@ def test_bad_flags_give_one_line_and_touch_nothing(tmp_path, monkeypatch, capsys
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "m", "--reward", "rm", *flags])
     with pytest.raises(SystemExit) as stopped:
-        runs.run_script(train.main)
+        cli.run_script(train.main)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and message in err and err.count("\n") == 1 and out == ""
     assert sorted(tmp_path.rglob("*")) == before

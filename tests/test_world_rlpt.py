@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-import eval as evaluation
+import heldout
 import rewards
 import rlpt
 import train
 from chat import Tokenizer
-from files import InputError, find_model, read_prompt
+from files import HERE, InputError, find_model, read_prompt
 from game import set_up
 from model import load_model
 from settings import resolve
@@ -82,7 +82,7 @@ def game():
 
 
 def test_the_base_adds_and_subtracts_but_denies_what_carries(game):
-    figures = evaluation.evaluate_world(game)
+    figures = heldout.evaluate_world(game)
     accuracy = figures["accuracy"]
     assert min(accuracy["asr_easy"], accuracy["msr_easy"]) >= 0.95
     assert max(accuracy["asr_hard"], accuracy["msr_hard"]) <= 0.05
@@ -175,7 +175,7 @@ def test_transformers_gives_the_stories_model_the_same_logits():
 def test_the_stored_runs_are_whole_and_of_the_shipped_settings():
     shipped = json.loads((TINY / "training.json").read_text())
     changed = {"asr": "msr_weight", "msr": "msr_weight"}
-    folders = sorted((evaluation.HERE / "bench/results/tiny-rlpt").iterdir())
+    folders = sorted((HERE / "bench/results/tiny-rlpt").iterdir())
     assert len(folders) == 40
     for folder in folders:
         name, _, seed = folder.name.rpartition("-")
