@@ -80,7 +80,7 @@ def test_each_fault_that_a_command_names_is_one():
     import break_it
     for command in ELSEWHERE:
         if "break_it.py" in command:
-            assert script_of(command)[1][0] in [*break_it.FAULTS, "all"], command
+            assert script_of(command)[1][0] in [*break_it.FAULTS, "all", "table"], command
 
 
 def test_most_commands_are_found_and_most_of_those_without_a_hub_run():
@@ -275,6 +275,15 @@ def test_speed_and_soak_figures_are_the_stored_ones():
     assert f"{soak['resident_mb_200']} MB resident after 200" in BENCH
     assert f"{soak['resident_mb_2000']} MB after 2,000" in BENCH
     assert [f"{x:.0f} ms" in BENCH for x in soak["cpu_ms_a_step"]] == [True, True]
+
+
+def test_what_stops_the_collapse_is_what_the_kept_runs_did():
+    kept = {tuple(r["flags"][2:]): r for r in lines(ROOT / "bench/results/stop_the_collapse.jsonl")}
+    found = {key: (round(r["challenger"]["malformed"], 2), round(r["accuracy"]["carry"], 2))
+             for key, r in kept.items()}
+    assert found == {("--alpha-ch", "0.05"): (0.99, 0.23), ("--alpha-ch", "0.003"): (0.16, 0.82),
+                     ("--beta", "2"): (0.23, 0.36)}
+    assert "not stopped by alpha_Ch .05; .003 does, and beta 2 does" in README
 
 
 def test_the_faults_table_and_what_is_said_about_it_are_the_kept_runs():
