@@ -361,7 +361,7 @@ def test_a_rank_that_is_killed_ends_the_others_at_once_with_a_whole_checkpoint(d
 LIVES = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
-import ranks, runs, train
+import cli, ranks, train
 life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
 rate, save = train.learning_rate, train.save_model
 
