@@ -12,6 +12,7 @@ Linux only. A GPU's own figures are in metrics.jsonl of every run: peak_gb besid
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ class Words:
         return " ".join(map(str, ids))
 
     def encode(self, text: str) -> list[int]:
-        return [int(word) if word.isdigit() else 0 for word in text.split()]
+        return [int(word) if word.isdigit() else 0 for word in re.findall(r"\d+|[^\s\d]+", text)]
 
     def chat(self, messages: list[dict]) -> list[int]:
         around = [1] * (budget.TURN // 2)
@@ -89,7 +90,8 @@ def set_up(load: Load, changes: dict) -> tuple[Game, MasterAdamW]:
 def estimates(game: Game) -> dict[str, dict]:
     roles = {"policy": game.policy, "reference": game.reference, "reward model": game.reward.model}
     models = {role: model.config for role, model in roles.items()}
-    text = {"challenger": CHALLENGER, "judge": budget.TURN + RUBRIC, "rubric": RUBRIC}
+    text = {"challenger": CHALLENGER, "judge": budget.TURN + RUBRIC, "rubric": RUBRIC,
+            "shown": game.settings.query_tokens}
     return budget.budget(game.settings, models, text, budget.Machine("cpu", 4, 0.0, "none"))
 
 
