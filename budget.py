@@ -161,13 +161,16 @@ def chunked(c: Config, tokens: int, chunk: int) -> tuple[int, int]:
     return first, min(first, tokens * c.vocab_size - first)
 
 
+def forward_logits(first: int, second: int, width: int) -> int:
+    """Bytes: a chunk beside its exponentials, or the next one as it is made, and widened."""
+    return max(8 * first, 4 * first + (4 + 2 * (width == 2)) * second)
+
+
 def scoring(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int,
             chunk: int = 0) -> list[dict]:
     """cache.shared_forward without gradients: prompts, whose keys and values are kept, then what
     follows them; then, with a chunk, log-probs."""
-    # A chunk is there before and after it is divided by the temperature, beside the one before it.
-    first, second = chunked(c, B * rest, chunk)
-    logits = max(8 * first, 4 * first + 8 * second) if chunk else 0
+    logits = forward_logits(*chunked(c, B * rest, chunk), width) if chunk else 0
     held = P * prompt * token_cache(c, width)
     hidden = P * prompt * c.hidden_size * width
     joined = (2 * B * (prompt + rest) * keys(c) * width      # Continuation.write, one layer's
@@ -208,11 +211,11 @@ def differentiating(c: Config, width: int, *, B: int, P: int, prompt: int, rest:
     else:
         waiting = c.num_hidden_layers * kept(tokens, pairs)
     waiting += mask(c, B, rest, prompt + rest, width) + 3 * D * tokens * width
-    # ChunkedLogProbs divides a chunk's logits by the temperature; its backward pass works in place,
-    # and rounds. The head's gradient waits for the embedding's.
+    # The backward pass of ChunkedLogProbs works in place, and rounds. The head's gradient waits for
+    # the embedding's.
     first, second = chunked(c, B * rest, chunk)
     back = (4 + 2 * (width == 2)) * (first + second)
-    return [{"activations": waiting, "logits": max(8 * first, 4 * first + 8 * second)},
+    return [{"activations": waiting, "logits": forward_logits(first, second, width)},
             {"activations": waiting, "logits": back, "head's gradient": D * V * width},
             {"activations": waiting + block + longest * 4 * inner * width,
              "head's gradient": D * V * width},

@@ -12,6 +12,7 @@ Linux only. A GPU's own figures are in metrics.jsonl of every run: peak_gb besid
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ class Words:
         return " ".join(map(str, ids))
 
     def encode(self, text: str) -> list[int]:
-        return [int(word) if word.isdigit() else 0 for word in text.split()]
+        return [int(word) if word.isdigit() else 0 for word in re.findall(r"\d+|[^\s\d]+", text)]
 
     def chat(self, messages: list[dict]) -> list[int]:
         around = [1] * (budget.TURN // 2)
