@@ -352,7 +352,7 @@ def metrics(world, name) -> list[dict]:
 def test_a_run_opens_with_its_budget_and_each_step_holds_peaks_and_speed(
         world, monkeypatch, capsys):
     monkeypatch.setattr(report, "WORTH_MEASURING", 0)
-    monkeypatch.setattr(report, "best_of", lambda device, dtype: (2e9, 5e9))
+    monkeypatch.setattr(report, "best_of", lambda device, dtype: (2e11, 5e12))
     play(world, monkeypatch, *SHORT, "--steps", "1", "--out", "told")
     out = capsys.readouterr().out
     (m,) = metrics(world, "told")

@@ -302,7 +302,7 @@ def test_the_faults_table_and_what_is_said_about_it_are_the_kept_runs():
     assert max(every("rate-x-4", lambda e: e["accuracy"]["none"])) < 0.6
     assert max(every("rate-x-4 no-self-reward sign-trap", carry)) < 0.5
     assert min(every("no-self-reward sign-trap", malformed)) > 0.85
-    assert max(every("top-k", carry)) < 0.75
+    assert max(every("top-k", carry)) < 0.8
     assert min(every("nothing no-kl bf16-weights no-stop-token", carry)) > 0.9
     assert all(0.85 < x < 0.95 for x in every("unscaled", carry))
     assert min(every("r-zero spice absolute-zero", carry)) > 0.85
