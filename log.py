@@ -156,8 +156,10 @@ def transcript(s, r) -> str:
     lines = []
     for n, said in enumerate(samples(r, 0), 1):
         cut = "" if said["query_stopped"] in (True, None) else "   (cut off)"
+        held = "" if said["trained_on"] else "   (held out: not learnt from)"
         lines += ["", f"query {n}/{len(r.queries)}   Challenger's advantage "
-                  f"{number(said['challenger_advantage'])}{cut}", indent(said["query"], "  ? ")]
+                  f"{number(said['challenger_advantage'])}{cut}{held}",
+                  indent(said["query"], "  ? ")]
         if said["kind"]:
             lines.append(indent(said["gold"], "  = "))
         for a in said["answers"]:

@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoints import write_checkpoint  # noqa: E402
 
-from cli import Parser  # noqa: E402
+from cli import Parser, run_script  # noqa: E402
+from files import InputError  # noqa: E402
 from results import append_line  # noqa: E402
 
 PHASES = ("challenge", "solve", "reward", "judge", "reference", "update")
@@ -46,10 +47,12 @@ def game_of(model: str, folder: Path) -> tuple[list[str], int]:
 def steps(flags: list[str], queries: int, W: int, out: Path) -> list[dict]:
     """The metrics of a run's steps after its first, played on W processes."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(W)]
-    subprocess.run([sys.executable, *(launch if W > 1 else []), ROOT / "train.py", *flags,
-                    "--queries", str(queries), "--device", "cpu", "--out", str(out)],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, *(launch if W > 1 else []), ROOT / "train.py", *flags,
+                           "--queries", str(queries), "--device", "cpu", "--out", str(out)],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise InputError(f"{' '.join(flags)} on {W} processes ended with {done.returncode}: "
+                         + done.stderr)
     lines = (out / "metrics.jsonl").read_text().splitlines()[1:]
     subprocess.run(["rm", "-r", out], check=True)
     return [json.loads(line) for line in lines]
@@ -92,4 +95,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
