@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cli import RunStopped
+from cli import RunStopped, run_script
 from files import InputError
 
 # How long the others wait for a rank. torchrun sees at once that one has ended; this is for one
@@ -49,6 +49,20 @@ def together(main):
                             store=store, rank=number, world_size=count, timeout=PATIENCE)
     if rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    code = 0
+    try:
+        run_script(lambda: to_the_end(main))
+    except SystemExit as end:
+        code = end.code
+    # Not through Python's own end: gloo's threads may then still let go of a tensor, and abort the
+    # process (PyTorch 2.13, about one run in twenty), which torchrun would take for a failed rank.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def to_the_end(main):
+    """main(), then wait for the others; where one stops, all raise its reason or end with it."""
     try:
         main()
         exchange(None)                 # rank 0 may still be writing
@@ -57,7 +71,6 @@ def together(main):
         if rank():
             sys.exit(getattr(reason, "code", 2))
         raise reason from None
-    dist.destroy_process_group()
 
 
 def take_gpu(device: torch.device):
