@@ -365,8 +365,9 @@ def test_a_run_opens_with_its_budget_and_each_step_holds_peaks_and_speed(
     assert rates["update"] == pytest.approx(40 / m["phase_seconds"]["update"])
     assert rates["judge"] == pytest.approx(16 / m["phase_seconds"]["judge"])
     assert 0 < m["flops_share"] < 1 and set(m["bandwidth_share"]) == {"challenge", "solve", "judge"}
-    opening = out[out.index("memory, GB"):out.index("step 1/1")]
-    assert "peaks, GB     challenge 0.00" in opening and "memory of this host): fits" in opening
+    opening = out[out.index("memory, MB"):out.index("step 1/1")]
+    assert f"peaks, MB     challenge {1000 * m['budget_gb']['challenge']:.2f}  solve" in opening
+    assert "memory of this host): fits" in opening
     line = out.split("\n")[[i for i, line in enumerate(out.split("\n"))
                             if line.startswith("step 1/1")][0] + 1]
     assert re.search(r"^ +challenge .*solve .* tok/s \d+% GB/s.*update .*% FLOP/s", line)
