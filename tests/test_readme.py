@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tokenize
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -275,6 +276,24 @@ def test_speed_and_soak_figures_are_the_stored_ones():
     assert f"{soak['resident_mb_200']} MB resident after 200" in BENCH
     assert f"{soak['resident_mb_2000']} MB after 2,000" in BENCH
     assert [f"{x:.0f} ms" in BENCH for x in soak["cpu_ms_a_step"]] == [True, True]
+
+
+def test_memory_and_scaling_figures_are_the_stored_ones():
+    peak = {}
+    for report in lines(ROOT / "bench/results/memory.jsonl"):
+        peak |= {(row["workload"].split(",")[-1].strip(), row["side"]): row["memory"]["peak"]
+                 for row in report["rows"]}
+    for work, vocabulary in (("V 49152", "49,152"), ("V 128256", "128,256")):
+        ours, theirs = peak[work, "ours"], peak[work, "transformers-full"]
+        assert (f"| update, vocabulary {vocabulary} | {ours:.2f} | transformers, all logits "
+                f"{theirs:.2f} | {ours / theirs:.2f} |") in BENCH
+    ours, theirs = peak["64 + 96", "ours"], peak["64 + 96", "trl"]
+    assert f"| {ours:.2f} | TRL {theirs:.2f} | {ours / theirs:.2f} |" in BENCH
+    for report in lines(ROOT / "bench/results/scaling.jsonl"):
+        for kind, row in report["rows"].items():
+            assert (f"| {report['model']} | {kind} | {row['queries']} | {row['processes']} | "
+                    f"{median(row['seconds']):.2f} | {row['speedup']:.2f} | "
+                    f"{row['efficiency']:.2f} |") in DOCUMENTS["MANUAL.md"]
 
 
 def test_what_stops_the_collapse_is_what_the_kept_runs_did():
