@@ -296,6 +296,14 @@ def test_memory_and_scaling_figures_are_the_stored_ones():
                     f"{row['efficiency']:.2f} |") in DOCUMENTS["MANUAL.md"]
 
 
+def test_the_budget_beside_what_was_measured_is_the_stored_one():
+    (report,) = lines(ROOT / "bench/results/budget.jsonl")
+    found = report["generate"]
+    for key, idle in (("estimate", found["idle_estimate"]), ("measured", found["idle"])):
+        cells = [idle, *(phase[key] for phase in found["phases"].values())]
+        assert " | ".join(f"{x:.3f}" for x in cells) in DOCUMENTS["MANUAL.md"]
+
+
 def test_what_stops_the_collapse_is_what_the_kept_runs_did():
     kept = {tuple(r["flags"][2:]): r for r in lines(ROOT / "bench/results/stop_the_collapse.jsonl")}
     found = {key: (round(r["challenger"]["malformed"], 2), round(r["accuracy"]["carry"], 2))
