@@ -54,8 +54,8 @@ def together(main):
         run_script(lambda: to_the_end(main))
     except SystemExit as end:
         code = end.code
-    # Not through Python's own end: gloo's threads may then still let go of a tensor, and abort the
-    # process (PyTorch 2.13, about one run in twenty), which torchrun would take for a failed rank.
+    # Not through Python's own end: there a rank whose run was done was once seen to abort (PyTorch
+    # 2.13, gloo; probably a thread let go of a tensor), which torchrun takes for a failed rank.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
