@@ -20,8 +20,9 @@ import rewards
 from cache import PREFILL_TOKENS
 from config import Config
 from files import HERE, InputError, find_model, pick_device, read_prompt
+from logprobs import chunk_width
 from memory import BLOCK
-from model import LOGITS_PER_CHUNK, read_config
+from model import read_config
 
 # What must stay free: a share of the memory for the allocator's gaps, and of what is estimated (all
 # but weights, gradients and moments, which are exact) a share for the estimate's error.
@@ -155,22 +156,17 @@ def sampling(c: Config, width: int, *, rows: int, each: int, prompt: int, common
              "logits": (8 + 4 * (width == 2) + 4) * B * V}]
 
 
-def chunked(c: Config, tokens: int, chunk: int) -> tuple[int, int]:
-    """Logits in Llama.log_probs' first chunk, and in its second, which meets what is left of it."""
-    first = min(chunk + c.vocab_size, tokens * c.vocab_size)
-    return first, min(first, tokens * c.vocab_size - first)
-
-
-def forward_logits(first: int, second: int, width: int) -> int:
-    """Bytes: a chunk beside its exponentials, or the next one as it is made, and widened."""
-    return max(8 * first, 4 * first + (4 + 2 * (width == 2)) * second)
+def head_logits(c: Config, width: int, tokens: int, device: str) -> int:
+    """Bytes of logprobs.log_probs: a chunk's logits in fp32, and beside them as the product of two
+    bfloat16 matrices."""
+    return tokens * chunk_width(tokens, c.vocab_size, device) * (4 + 2 * (width == 2))
 
 
 def scoring(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int,
-            chunk: int = 0) -> list[dict]:
+            device: str | None = None) -> list[dict]:
     """cache.shared_forward without gradients: prompts, whose keys and values are kept, then what
-    follows them; then, with a chunk, log-probs."""
-    logits = forward_logits(*chunked(c, B * rest, chunk), width) if chunk else 0
+    follows them; then, given the device, log-probs."""
+    logits = head_logits(c, width, B * rest, device) if device else 0
     held = P * prompt * token_cache(c, width)
     hidden = P * prompt * c.hidden_size * width
     joined = (2 * B * (prompt + rest) * keys(c) * width      # Continuation.write, one layer's
@@ -195,7 +191,7 @@ def micro_batch(rows: int, each: int, prompt: int, rest: int, tokens: int) -> di
     return {"B": B, "P": math.ceil(B / each), "prompt": prompt, "rest": rest}
 
 
-def differentiating(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int, chunk: int,
+def differentiating(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int, device: str,
                     checkpointing: bool) -> list[dict]:
     """gradient.accumulate, one micro-batch: activations that wait for the backward pass; beside
     them the head's passes, then a block's backward one."""
@@ -211,12 +207,9 @@ def differentiating(c: Config, width: int, *, B: int, P: int, prompt: int, rest:
     else:
         waiting = c.num_hidden_layers * kept(tokens, pairs)
     waiting += mask(c, B, rest, prompt + rest, width) + 3 * D * tokens * width
-    # The backward pass of ChunkedLogProbs works in place, and rounds. The head's gradient waits for
-    # the embedding's.
-    first, second = chunked(c, B * rest, chunk)
-    back = (4 + 2 * (width == 2)) * (first + second)
-    return [{"activations": waiting, "logits": forward_logits(first, second, width)},
-            {"activations": waiting, "logits": back, "head's gradient": D * V * width},
+    # The head's gradient waits for the embedding's.
+    logits = head_logits(c, width, B * rest, device)
+    return [{"activations": waiting, "logits": logits, "head's gradient": D * V * width},
             {"activations": waiting + block + longest * 4 * inner * width,
              "head's gradient": D * V * width},
             {"activations": waiting * P * prompt / tokens, "head's gradient": 2 * D * V * width}]
@@ -227,7 +220,7 @@ def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> di
     c, width, N, G = models["policy"], m.width, s.queries, s.answers
     reference, scorer = models.get("reference"), models.get("reward model")
     judge = models.get("judge", reference)
-    count, chunk = parameters(c), LOGITS_PER_CHUNK.get(m.device, 2**24)
+    count = parameters(c)
     asked = TURN + s.query_tokens                                   # a Solver's prompt
     frozen = {role: parameters(x) * width for role, x in models.items() if role != "policy"}
     policy = {"policy": count * width}
@@ -274,9 +267,9 @@ def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> di
         batches.append(micro_batch(N, N, text["challenger"], s.query_tokens, s.micro_batch_tokens))
     if s.beta:
         phase("reference", "reference", [moment for batch in batches for moment in scoring(
-            reference, width, **batch, chunk=chunk)])
+            reference, width, **batch, device=m.device)])
     moments = [moment for batch in batches for moment in differentiating(
-        c, width, **batch, chunk=chunk, checkpointing=s.checkpointing)]
+        c, width, **batch, device=m.device, checkpointing=s.checkpointing)]
     if s.offload:                    # MasterAdamW._stream: two blocks of three tensors on their way
         largest = c.vocab_size * c.hidden_size
         moments.append({"activations": 2 * 3 * 4 * min(BLOCK, largest)})

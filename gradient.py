@@ -19,6 +19,7 @@ from torch import Tensor
 import lsp
 from cache import pad, shared_forward
 from game import Game
+from logprobs import log_probs
 from memory import MasterAdamW
 from model import Llama
 from sample import Completion, take_batch
@@ -59,8 +60,8 @@ def completion_logp(model: Llama, rows: list[Row], temperature: float) -> tuple[
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]                                # (B, T)
     # Chosen by number, and counted on the host: a mask on the GPU would have to be waited for.
     at = mask.flatten().nonzero()[:, 0].to(hidden.device)                                  # (M,)
-    logp = model.log_probs(hidden.flatten(0, 1)[at], tokens[mask].to(hidden.device),
-                           temperature=temperature)                                        # (M,)
+    logp = log_probs(model, hidden.flatten(0, 1)[at], tokens[mask].to(hidden.device),
+                     temperature=temperature)                                              # (M,)
     padded = logp.new_zeros(mask.numel()).scatter(0, at, logp).view(mask.shape)            # (B, T)
     return padded, mask.to(hidden.device)
 

@@ -32,9 +32,6 @@ from files import PROMPTS, InputError, inside, read_json
 # so that a checkpoint is complete by itself.
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
            "chat_template.jinja", "generation_config.json", "training.json", *PROMPTS)
-# Logits that log_probs holds at once. 67 MB in fp32 are quicker than more on a CPU; a GPU reads the
-# whole head for each chunk, so that few large ones (268 MB) suit it.
-LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**26}
 
 
 # ---------------------------------------------------------------- forward pass
@@ -98,14 +95,17 @@ class RMSNorm(nn.Module):
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, (..., in), (out, in) -> (..., out).
 
-    On a CPU a few rows go as (W x^T)^T: the library then shares W's many rows out over the threads,
-    where it would share out the few rows of x. Twice as fast for 2 to 8 rows, which is what a
-    decode comes down to; the same sums in another order.
+    On a CPU the few rows that a decode comes down to go as (W x^T)^T: the library then shares W's
+    many rows out over the threads, where it would share out the few of x. A third faster for 32
+    rows, twice for 4, if their number is a multiple of 8 (hence the rows of zeros); the same sums
+    in another order.
     """
     rows = x.numel() // x.shape[-1]
-    if not 2 <= rows <= 8 or x.device.type != "cpu" or torch.is_grad_enabled():
+    if (not 2 <= rows <= 128 or x.device.type != "cpu" or torch.is_grad_enabled()
+            or torch.get_num_threads() == 1):
         return F.linear(x, weight)
-    return (weight @ x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1)
+    filled = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % 8 if rows > 8 else 0))
+    return (weight @ filled.t()).t()[:rows].view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
@@ -241,48 +241,6 @@ class Llama(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), fp32."""
         return wide(product(hidden, self.head))
-
-    def log_probs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
-        """log softmax(logits / temperature) at the targets:
-        (M, D), (M,) -> (M,) fp32, a chunk at a time."""
-        size = LOGITS_PER_CHUNK.get(hidden.device.type, 2**24) // self.config.vocab_size + 1
-        return ChunkedLogProbs.apply(hidden, self.head, targets, temperature, size)
-
-
-class ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(logits / temperature) at the targets, logits = hidden W^T, (M, D) -> (M,).
-
-    The (M, V) logits of a step would be gigabytes (64 answers of 512 tokens, V 128,256: 16.8 GB in
-    fp32). Here a chunk's are made, reduced to one number a token and dropped; the backward pass
-    makes them again and turns them, in place, into the gradient, which is known:
-    d logp / d logits[v] = ((v == target) - softmax[v]) / temperature. W's is added up in one (V, D)
-    tensor, where autograd would hold another beside it for each chunk (788 MB for Llama-3.2-3B).
-    Same values and gradients as in one piece: test_chunked_log_probs_equal_the_plain_ones.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, size):
-        ctx.temperature, ctx.size = temperature, size
-        logp, totals = [], []
-        for h, t in zip(hidden.split(size), targets.split(size)):
-            logits = wide(product(h, weight)).div_(temperature)              # (chunk, V)
-            totals.append(logits.logsumexp(-1))
-            logp.append(logits.gather(-1, t[:, None])[:, 0] - totals[-1])
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(totals))
-        return torch.cat(logp)
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets, totals = ctx.saved_tensors
-        grad_hidden, grad_weight = [], torch.zeros_like(weight)              # (V, D)
-        for h, t, total, g in zip(*(x.split(ctx.size) for x in (hidden, targets, totals, grad))):
-            p = wide(product(h, weight)).div_(ctx.temperature)               # (chunk, V)
-            p.sub_(total[:, None]).exp_()
-            p[torch.arange(len(t), device=t.device), t] -= 1
-            by_logits = p.mul_(-g[:, None] / ctx.temperature).to(h.dtype)
-            grad_hidden.append(by_logits @ weight)
-            grad_weight.addmm_(by_logits.t(), h)
-        return torch.cat(grad_hidden), grad_weight, None, None, None
 
 
 # ---------------------------------------------------------------- files

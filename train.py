@@ -104,8 +104,30 @@ def play(game: Game, step: int) -> Round:
                              generator=generator(s.seed, step, SOLVE), **speak)
         answers = [[text_of(game.tokenizer, row) for row in group] for group in answer_rows]
 
-    # Score: R(q, a), in rlpt the judge's verdict, and in lsp its R_Q(q, a). The same pair is scored
-    # once.
+    # Score: R(q, a), in rlpt the judge's verdict, and in lsp its R_Q(q, a).
+    R, R_Q, judgements, cut = score(game, step, queries, golds, answers)
+    shortened |= cut
+    if s.reward in rewards.VERIFIABLE:     # cut off is not answered: "#### 4" may be half of 42
+        R = R * torch.tensor([[row.stopped for row in group] for group in answer_rows])
+
+    # Advantages, over the queries that may be learnt from.
+    keep = lambda query: not (game.world and game.world.is_held_out(query))
+    kept = torch.tensor([keep(q) for q in queries])                                  # (N,)
+    quality = None if R_Q is None else R_Q[kept]
+    A_sol = torch.zeros_like(R)                                                      # (N, G)
+    A_sol[kept] = lsp.solver_advantages(s.reward_scale * R[kept], quality)           # Eq. 3
+    A_ch = torch.zeros(len(queries)) if query_rows else None                         # (N,)
+    if query_rows and kept.sum() >= 2:
+        A_ch[kept] = lsp.challenger_advantages(s.reward_scale * R[kept], quality)    # Eq. 3
+    return Round(queries, golds, kinds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
+                 judgements, kept, A_sol, A_ch, shortened, phase.seconds)
+
+
+def score(game: Game, step: int, queries: list[str], golds: list[str | None],
+          answers: list[list[str]]) -> tuple[Tensor, Tensor | None, list[dict], dict[str, int]]:
+    """R (N, G), R_Q (N, G) or None, what the judge said to each pair (N * G, or none), and how many
+    texts were cut to fit a context. The same pair is scored once."""
+    s, G, phase = game.settings, game.settings.answers, game.phase
     triples = [(q, a, gold) for q, gold, group in zip(queries, golds, answers) for a in group]
     number = {t: i for i, t in enumerate(dict.fromkeys(triples))}    # of each distinct one
     at = torch.tensor([number[t] for t in triples]).view(-1, G)                      # (N, G)
@@ -115,9 +137,7 @@ def play(game: Game, step: int) -> Round:
         if s.verdict:
             game.reward.generator = generator(s.seed, step, JUDGE)
         R = rewards.as_rewards(game.reward(asked, answered, gold), len(asked))[at]   # (N, G)
-    if s.reward in rewards.VERIFIABLE:     # cut off is not answered: "#### 4" may be half of 42
-        R = R * torch.tensor([[row.stopped for row in group] for group in answer_rows])
-    shortened["rewarded"] = getattr(game.reward, "shortened", 0)
+    cut = {"rewarded": getattr(game.reward, "shortened", 0)}
     if s.verdict:
         judgements = [game.reward.records[i] for i in at.flatten().tolist()]
     elif game.judge is not None:
@@ -132,19 +152,8 @@ def play(game: Game, step: int) -> Round:
                 batch_tokens=s.batch_tokens)
         R_Q = rewards.fill_unread(scores[at])                                        # (N, G)
         judgements = [records[i] for i in at.flatten().tolist()]
-        shortened["judged"] = sum(record["shortened"] for record in records)
-
-    # Advantages, over the queries that may be learnt from.
-    keep = lambda query: not (game.world and game.world.is_held_out(query))
-    kept = torch.tensor([keep(q) for q in queries])                                  # (N,)
-    quality = None if R_Q is None else R_Q[kept]
-    A_sol = torch.zeros_like(R)                                                      # (N, G)
-    A_sol[kept] = lsp.solver_advantages(s.reward_scale * R[kept], quality)           # Eq. 3
-    A_ch = torch.zeros(len(queries)) if query_rows else None                         # (N,)
-    if query_rows and kept.sum() >= 2:
-        A_ch[kept] = lsp.challenger_advantages(s.reward_scale * R[kept], quality)    # Eq. 3
-    return Round(queries, golds, kinds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
-                 judgements, kept, A_sol, A_ch, shortened, phase.seconds)
+        cut["judged"] = sum(record["shortened"] for record in records)
+    return R, R_Q, judgements, cut
 
 
 # ---------------------------------------------------------------- update

@@ -61,7 +61,7 @@ def slopes(args, base: Load) -> list[dict]:
     (B, T, V) in fp32 costs 4 bytes a token and vocabulary entry: `per_entry` is the slope's growth
     from the least to the greatest vocabulary in that unit. The body is --slope-shape, a small one:
     a real one's activations would hide such a term, and do not depend on V (bench/step.py --curves
-    has them). Lengths begin where log-probs fill a chunk (model.LOGITS_PER_CHUNK): up to there
+    has them). Lengths begin where log-probs fill a chunk (logprobs.LOGITS_PER_CHUNK): up to there
     logits grow with the tokens, then no more.
     """
     results, vocabularies, lengths = [], args.vocabularies, args.lengths

@@ -14,6 +14,7 @@ import torch
 from chat import Tokenizer
 from files import find_model
 from gradient import Row
+from logprobs import log_probs
 from model import load_model
 from sample import sample
 
@@ -27,7 +28,7 @@ def completion_logp(model, rows, temperature):
     for line, ids in zip(tokens, whole):
         line[:len(ids)] = torch.tensor(ids)
     hidden, targets = model(tokens[:, :-1]), tokens[:, 1:]                   # what predicts what
-    logp = model.log_probs(hidden.flatten(0, 1), targets.flatten(), temperature=temperature)
+    logp = log_probs(model, hidden.flatten(0, 1), targets.flatten(), temperature=temperature)
     logp = logp.view(targets.shape)                                          # (B, S - 1)
     T = max(len(row.completion.tokens) for row in rows)
     out, mask = logp.new_zeros(len(rows), T), torch.zeros(len(rows), T, dtype=torch.bool)

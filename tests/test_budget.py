@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import budget
 import cli
 import files
+import logprobs
 import phases
 import report
 import train
@@ -86,10 +87,10 @@ def test_llama_3_2_3b_takes_what_was_worked_out_by_hand():
     assert 65536 // (length + 256) == 44
     count = 8192 // (length - common)
     assert found["judge"]["cache"] == (44 * (length + 256) + common + count * length) * 114_688
-    # The reference's log-probs: 2^26 fp32 logits, and the next as many, rounded and widened. The
-    # update: a bf16 gradient of the head; a block's input for each of 8,192 tokens and 28 layers,
-    # 1.4 GB, beside one whole block.
-    assert found["reference"]["logits"] == pytest.approx(2.5 * 4 * 2**26, rel=.01)
+    # Log-probs: 2^26 logits, in bf16 as they are made and in fp32. The update: a bf16 gradient of
+    # the head; a block's input for each of 8,192 tokens and 28 layers, 1.4 GB, beside one whole
+    # block.
+    assert budget.head_logits(c, 2, 8192, "cuda") == (2 + 4) * 2**26
     assert found["update"]["head's gradient"] == 2 * 128256 * 3072
     assert 1.4 < found["update"]["activations"] / GB < 4
     assert 72 < peaks(s)["update"] < 75.7 and budget.advice(s, budget.plan(s)) == "fits"
@@ -173,7 +174,7 @@ def test_every_phases_estimate_is_within_15_percent_of_the_bytes_it_took(
     monkeypatch.setattr(bench, "CHALLENGER", 60)
     monkeypatch.setattr(bench, "RUBRIC", 50)
     monkeypatch.setitem(measure.SHAPES, "small", SHAPE)
-    monkeypatch.setitem(budget.LOGITS_PER_CHUNK, "cpu", chunk)
+    monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cpu", chunk)
     game, optimizer = bench.set_up(measure.Load("small"), bench.GAME | {
         "queries": 4, "answers": 3, "query_tokens": 48, "answer_tokens": 64, "judge_tokens": 4,
         "micro_batch_tokens": 256} | changes)

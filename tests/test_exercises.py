@@ -11,8 +11,8 @@ from conftest import ROOT
 
 import cache
 import gradient
+import logprobs
 import lsp
-import model
 import rewards
 
 FOLDER = ROOT / "exercises"
@@ -39,7 +39,7 @@ ZERO = ["--algo", "lsp-zero"]
 WAYS = [lambda: [*ZERO, "--alpha-ch", "0.003"], lambda: [*ZERO, "--beta", "2"], lambda: []]
 SOLUTIONS = {
     1: [cache.Cache.write], 2: [lsp.solver_advantages], 3: [lsp.policy_loss], 4: [lsp.kl_estimate],
-    5: [lsp.challenger_advantages], 6: [rewards.parse_self_reward], 7: [model.Llama.log_probs],
+    5: [lsp.challenger_advantages], 6: [rewards.parse_self_reward], 7: [logprobs.log_probs],
     8: [gradient.completion_logp], 9: [*WAYS, stored],
     10: [lsp.challenger_advantages, stored],
 }
@@ -130,7 +130,7 @@ def kept_log_probs(model, hidden, targets, *, temperature=1.0):
 
 
 def cold_log_probs(model, hidden, targets, *, temperature=1.0):
-    return model.log_probs(hidden, targets)
+    return logprobs.log_probs(model, hidden, targets)
 
 
 def padding_trained(model, rows, temperature):

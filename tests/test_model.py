@@ -98,22 +98,20 @@ def test_cached_steps_equal_the_full_forward_pass(llama):
     assert (whole - pieces).abs().max() < 1e-12
 
 
-def test_chunked_log_probs_equal_the_plain_ones(llama, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_product_of_few_rows_is_the_plain_one(threads):
     generator = torch.Generator().manual_seed(0)
-    targets = torch.randint(0, 37, (23,), generator=generator)
-    weight = torch.randn(23, generator=generator, dtype=torch.float64)
-    results = []
-    for chunk in (37 * 4, 37 * 1000, None):   # five tokens at a time, all at once, no chunks at all
-        monkeypatch.setitem(model_module.LOGITS_PER_CHUNK, "cpu", chunk or 1)
-        hidden = torch.randn(23, 32, generator=torch.Generator().manual_seed(1),
-                             dtype=torch.float64, requires_grad=True)
-        llama.zero_grad()
-        logp = (llama.log_probs(hidden, targets, temperature=0.7) if chunk else
-                (llama.logits(hidden) / 0.7).log_softmax(-1).gather(-1, targets[:, None])[:, 0])
-        (logp * weight).sum().backward()
-        results.append((logp.detach(), hidden.grad, llama.model.embed_tokens.weight.grad.clone()))
-    for one in results[:2]:
-        assert all((a - b).abs().max() < 1e-12 for a, b in zip(one, results[2]))
+    weight = torch.randn(48, 32, generator=generator, dtype=torch.float64)
+    torch.set_num_threads(threads)
+    try:
+        for rows in (1, 2, 7, 8, 9, 31, 32, 127, 128, 129):
+            x = torch.randn(rows, 1, 32, generator=generator, dtype=torch.float64)
+            with torch.inference_mode():
+                found = model_module.product(x, weight)
+            assert found.shape == (rows, 1, 48)
+            assert (found - x @ weight.t()).abs().max() < 1e-12
+    finally:
+        torch.set_num_threads(1)
 
 
 # ---------------------------------------------------------------- files that are wrong

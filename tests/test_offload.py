@@ -20,6 +20,7 @@ import sample as sampling
 import train
 from bench import measure
 from files import pick_device
+from logprobs import log_probs
 from memory import MasterAdamW, Stage, host_buffers, plan_buffers
 from model import Llama, parse_config
 from settings import resolve
@@ -128,7 +129,7 @@ def test_at_rest_the_policy_is_its_masters_and_at_work_a_rounded_copy():
     stage.call(policy)
     assert not any(same()) and {p.dtype for p in policy.parameters()} == {torch.bfloat16}
     hidden = policy(torch.arange(12).view(2, 6))
-    policy.log_probs(hidden[0], torch.arange(6)).sum().backward()
+    log_probs(policy, hidden[0], torch.arange(6)).sum().backward()
     assert {p.grad.dtype for p in policy.parameters()} == {torch.float32}
     before = [m.clone() for m in optimizer.masters]
     optimizer.step(1e-2, 1.0)

@@ -10,12 +10,14 @@ from checkpoints import CONFIGS, random_llama, random_weights, write_checkpoint
 from conftest import ROOT
 
 import cli
+import logprobs
 import lsp
 import settings
 import train
 from data import draw, read_data
 from files import InputError
 from gradient import Row, accumulate, completion_logp, refer
+from logprobs import log_probs
 from memory import MasterAdamW
 from model import Llama, parse_config
 from sample import Completion, sample
@@ -37,6 +39,40 @@ def random_rows(count=7, seed=0):
 
 
 # ---------------------------------------------------------------- gradients
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("width", [5, 37])                   # chunks of the vocabulary; all of it
+def test_chunked_log_probs_equal_the_plain_ones(llama, monkeypatch, width, temperature, dtype,
+                                                tolerance):
+    monkeypatch.setattr(logprobs, "chunk_width", lambda *_: width)
+    llama = llama.to(dtype)
+    g = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 37, (23,), generator=g)
+    weight = torch.randn(23, generator=g, dtype=torch.float64)
+    start = torch.randn(23, 32, generator=g, dtype=torch.float64).to(dtype)
+    results = []
+    for f in (log_probs, plain_log_probs):
+        hidden = start.clone().requires_grad_()
+        llama.zero_grad()
+        logp = f(llama, hidden, targets, temperature=temperature)
+        (logp * weight).sum().backward()
+        results.append((logp.detach(), hidden.grad, llama.head.grad.clone()))
+    for found, wanted in zip(*results):
+        assert found.dtype == wanted.dtype
+        assert (found - wanted).abs().max() < tolerance * wanted.abs().max()
+
+
+def plain_log_probs(model, hidden, targets, *, temperature):
+    logits = model.logits(hidden) / temperature
+    return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def test_a_chunk_holds_no_more_logits_than_it_may_beyond_a_multiple_of_64():
+    assert logprobs.chunk_width(1536, 49152, "cpu") == 10944        # 2^24 / 1536 = 10,922.7
+    assert logprobs.chunk_width(32, 99, "cpu") == 99                # no more than there are
+    assert logprobs.chunk_width(2**27, 49152, "cuda") == 64         # nor none at all
+
 
 def test_completion_log_probs_equal_each_row_alone(llama):
     rows = random_rows()
@@ -96,7 +132,7 @@ def moved_share(dtype, keep_masters):
     held = optimizer.masters if keep_masters else list(llama.parameters())
     before = [p.detach().clone() for p in held]
     hidden = llama(torch.randint(0, 200, (2, 20), generator=g))
-    llama.log_probs(hidden[0], torch.arange(20)).sum().backward()
+    log_probs(llama, hidden[0], torch.arange(20)).sum().backward()
     optimizer.step(1e-6, 0) if keep_masters else optimizer.step()
     skip_unused = [(p, b) for p, b in zip(held, before) if p.shape[0] != 200]
     return (sum((p != b).sum() for p, b in skip_unused)
