@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tokenize
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import pytest
 
@@ -332,8 +332,10 @@ def test_the_faults_table_and_what_is_said_about_it_are_the_kept_runs():
     assert max(every("top-k", carry)) < 0.8
     assert min(every("nothing no-kl bf16-weights no-stop-token", carry)) > 0.9
     assert all(0.85 < x < 0.95 for x in every("unscaled", carry))
-    assert min(every("r-zero spice absolute-zero", carry)) > 0.85
-    assert all(0.03 < x < 0.08 for x in every("r-zero spice absolute-zero", malformed))
+    assert all(0.02 < x < 0.06 for x in every("r-zero spice absolute-zero", malformed))
+    means = [f"{mean(every(name, carry)):.3f}"[1:] for name in (
+        "r-zero", "spice", "absolute-zero", "nothing")]
+    assert ("end at {}, {} and {} on average (LSP: {})".format(*means)) in BENCH
     one, two = (f"{x:.3f}"[1:] for x in sound)
     text = (ROOT / "exercises/10_own_reward.py").read_text()
     assert f"LSP's own reward {one} (and {two} at seed 2)" in text
