@@ -169,6 +169,7 @@ def transcript(s, r) -> str:
                       f"{number(a['advantage'])}" + ("" if a["stopped"] else "  (cut off)"),
                       indent(a["answer"], "      ")]
     total = f"mean R {r.R.mean():.3f}" + ("" if r.R_Q is None else f", mean R_Q {r.R_Q.mean():.3f}")
-    scale = "" if s.reward_scale == 1 else f"; advantages are of {s.reward_scale:g} * R" + (
-        "" if r.R_Q is None else " + R_Q")
-    return "\n".join([*lines, "", total + scale])
+    R = "R" if s.reward_scale == 1 else f"{s.reward_scale:g} * R"
+    of = f"; advantages: Solver's of {R}" + ("" if r.R_Q is None else " + R_Q")
+    of += "" if r.A_ch is None else f", Challenger's of {'-' if r.R_Q is None else 'R_Q - '}{R}"
+    return "\n".join([*lines, "", total + of])

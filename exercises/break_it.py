@@ -1,7 +1,7 @@
 """Break it on purpose: one fault at a time, put into the running game from outside.
 
     python exercises/break_it.py faults                       # what there is to break
-    python exercises/break_it.py top-k --seed 1               # one run, a minute: runs/tiny-lsp-1
+    python exercises/break_it.py top-k --seed 1               # one run, a minute: runs/top-k-1
     python exercises/break_it.py top-k --seed 1 --steps 30    # further flags are train.py's
     python exercises/break_it.py all --seeds 1 2 3            # every fault, half an hour
     python exercises/break_it.py table --seeds 1 2 3 --figure broken.png      # what was kept
@@ -228,6 +228,7 @@ def main():
     args, flags = parser.parse_known_args()
     if args.what in FAULTS:
         sys.argv = ["train.py", *FAULTS[args.what](), *flags]
+        train.run_name = lambda s: f"{args.what}-{s.seed}"
         train.main()
     elif flags:
         parser.error(f"{flags[0]} is for one fault")

@@ -153,6 +153,8 @@ MISTAKES = [
     (2, lambda R, R_Q=None: (R - R.mean(1, keepdim=True)) / R.std(1, keepdim=True), "0 / 0"),
     (3, ratio_of(lambda logp, mask: torch.exp(whole(logp, mask))), "must be -A / B"),
     (3, ratio_of(whole), "the gradient is right and the value is not"),
+    (3, ratio_of(lambda logp, mask: torch.exp(whole(logp, mask))
+                 / torch.exp(whole(logp, mask)).detach()), "0 / 0 is no number"),
     (3, ratio_of(lambda logp, mask: ratio(whole(logp, mask) / mask.sum(-1))), "length"),
     (3, ratio_of(lambda logp, mask: ratio(logp.sum(-1))), "padding is being trained"),
     (3, ratio_of(lambda logp, mask: -ratio(whole(logp, mask))), "wrong sign"),
