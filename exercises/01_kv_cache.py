@@ -1,6 +1,6 @@
 """Exercise 1, 30 minutes: the KV cache.
 
-Read first: model.py (Attention.forward), cache.py (Cache without its write).
+Read first: model.py (Attention.forward), of cache.py what stands above Cache.write.
 
 A decoder that writes one token at a time would compute the keys and values of the whole text anew
 for each token. The cache keeps them. Write the method that stores the new ones and returns all:
@@ -8,7 +8,7 @@ for each token. The cache keeps them. Write the method that stores the new ones 
     self.k[layer], self.v[layer]    (B, K, size, d), allocated once, zeros at first
     k, v                            (B, K, T, d), of the T tokens at hand
     slots                           (B, T), the place of each token in its row; rows may differ
-    self.used                       length of the longest row, these tokens included
+    self.used                       places in use, those of these tokens included
     returns                         keys and values of the first `used` places, (B, K, used, d) each
 
 Afterwards compare with cache.Cache.write.

@@ -44,11 +44,12 @@ def check(policy_loss=policy_loss):
         "tokens outside the mask have a gradient: padding is being trained")
     assert torch.allclose(gradient.sign(), wanted.sign()), (
         "the gradient has the wrong sign: the optimiser goes down, a good answer must become "
-        "likelier, so the loss carries a minus")
+        "likelier, so the loss carries a minus, and it is the denominator that is detached")
     assert not torch.allclose(gradient, wanted / mask.sum(-1, keepdim=True)), (
         "the gradient is divided by the sequence's length: log pi(a) is the sum over the tokens, "
         "not their mean")
     assert not torch.allclose(gradient * 3, wanted), "divided by B twice"
+    assert not torch.allclose(gradient, 3 * wanted), "a sum over sequences: take the mean"
     assert torch.allclose(gradient, wanted), (
         f"d loss / d logp must be -A / B on every token of the sequence; for the first one, with "
         f"A = 1, that is -0.333, found {gradient[0, 0]:.3f}. The ratio is exp(s - s.detach()), s "

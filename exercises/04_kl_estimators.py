@@ -28,6 +28,7 @@ def expected_gradient(kl_estimate, kind, logits, ref):
     logits = logits.clone().requires_grad_()
     logp = logits.log_softmax(-1)                                            # (V,)
     each = kl_estimate(logp[:, None], ref[:, None], torch.ones(len(ref), 1).bool(), kind)   # (V,)
+    assert each.requires_grad, f"{kind}: no gradient reaches logp; something is detached"
     return torch.autograd.grad((logp.detach().exp() * each).sum(), logits)[0]
 
 
@@ -39,6 +40,9 @@ def check(kl_estimate=kl_estimate):
     for kind, value in right.items():
         found = kl_estimate(logp, ref, mask, kind)
         assert found.shape == (1,), f"{kind}: one number a sequence, found {tuple(found.shape)}"
+        two = kl_estimate(logp.expand(2, 3), ref.expand(2, 3), mask.expand(2, 3), kind)
+        assert two.shape == (2,) and two[0] == found[0], (
+            f"{kind}: two sequences give two numbers, each of its own tokens")
         turned = kl_estimate(ref, logp, mask, kind)
         assert abs(found.item()) < 5, f"{kind}: the padding outside the mask is counted"
         assert abs(found.item() - value) < 1e-4 or abs(turned.item() - value) > 1e-4, (

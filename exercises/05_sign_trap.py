@@ -37,8 +37,11 @@ def check(challenger_advantages=challenger_advantages):
     R_Q = torch.tensor([[7.0] * 4, [0.0] * 4, [6.0, 6.0, 7.0, 5.0]])         # V_Q = 7, 0, 6
     A = challenger_advantages(R, R_Q)
     assert not torch.allclose(A, wanted, atol=1e-5), (
-        "the self-reward has cancelled: V is the mean of R alone. With V of R + R_Q, -V + V_Q is "
-        "-mean R again, and the Challenger is free to ask nonsense")
+        "the same as without R_Q. Is R_Q used? If so, it has cancelled: V is the mean of R alone; "
+        "with V of R + R_Q, -V + V_Q is -mean R again, and the Challenger is free to ask nonsense")
+    assert abs(A.sum()) < 1e-4, (
+        "with R_Q the advantages do not sum to 0: the mean of the whole reward -V + V_Q is taken "
+        "off")
     assert A[0] > A[1], (
         "the malformed query, whose quality is 0, has the higher advantage: V_Q is added, not "
         "taken off")

@@ -1,11 +1,11 @@
 """Exercise 8, 30 minutes: find the silent bug.
 
-Read first: gradient.py (Row), sample.py (Completion).
+Read first: sample.py (Completion). A row is a prompt's token ids and a completion.
 
 The function below runs, its log-probs agree with the sampler's, and training with it looks well.
 One line is wrong. The check tells you a symptom; find the cause and mend it. It is a bug that
-public code has shipped. Afterwards compare with gradient.completion_logp. What the bug does to a
-whole run:
+public code has shipped. Afterwards compare with gradient.completion_logp. Guess what the bug does
+to a whole run, and look (in so small a world little; why?):
 
     python exercises/break_it.py no-stop-token --seed 1
 """
@@ -16,7 +16,7 @@ from files import find_model
 from gradient import Row
 from logprobs import log_probs
 from model import load_model
-from sample import sample
+from sample import Completion, sample
 
 
 def completion_logp(model, rows, temperature):
@@ -42,7 +42,6 @@ def completion_logp(model, rows, temperature):
 
 # ---------------------------------------------------------------- the check
 
-@torch.no_grad()
 def check(completion_logp=completion_logp):
     path = find_model("tiny")
     model, tokenizer = load_model(path), Tokenizer(path)
@@ -64,4 +63,12 @@ def check(completion_logp=completion_logp):
             "the loss: padding looks like a stop token, and is none")
         assert torch.allclose(logp[n, :length], sampled, atol=1e-4), (
             "the log-probs of the completion are no longer the sampler's")
+    assert logp.requires_grad, "the log-probs carry no gradient any more"
+    every = Completion(list(range(model.config.vocab_size)), [], False)
+    _, mask = completion_logp(model, [Row(prompts[0], every, 1.0), rows[0]], 1.0)
+    assert mask[0].all() and mask[1].sum() == len(rows[0].completion.tokens), (
+        f"of a completion of all {mask.shape[1]} tokens that there are {mask[0].sum()} are in the "
+        "loss: no token's number may decide, since a model can say any of them")
+    colder, _ = completion_logp(model, rows, 0.5)
+    assert not torch.allclose(colder, logp), "the temperature has no effect any more"
     return "masks come from lengths: the stop token is part of the answer, padding is not"

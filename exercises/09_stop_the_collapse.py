@@ -12,12 +12,12 @@ flags beside --seed 1, such as ["--algo", "lsp-zero", "--kl", "k3"]:
     by_beta           both are held near the reference                 --beta, above .05
     by_self_reward    asking badly costs the Challenger something
 
-The check plays each of them, about a minute apiece, and wants at most 30 % of malformed queries at
-the end; by alpha and by self-reward also carry accuracy above 70 %. Alpha has to be far smaller
-than you would think (AdamW divides by the gradient's size: once the Solver has little left to
-learn, what the Challenger adds moves the weights, however small it is). Then say of each way what
-it cost: compare the classes of the queries (eval.jsonl, "challenger") with those at step 0. Does
-the Challenger still look for what the Solver cannot do?
+The check plays each of them once, about a minute apiece, and wants at most 30 % of malformed
+queries at the end; by alpha and by self-reward also carry accuracy above 70 %. Alpha has to be far
+smaller than you would think (AdamW divides by the gradient's size: once the Solver has little left
+to learn, what the Challenger adds moves the weights, however small it is). Then say of each way
+what it cost: compare the classes of the queries (eval.jsonl, "challenger") with those at step 0.
+Does the Challenger still look for what the Solver cannot do?
 """
 from short_game import play
 
@@ -43,7 +43,7 @@ def check(by_alpha=by_alpha, by_beta=by_beta, by_self_reward=by_self_reward, pla
         assert needed in ways[way], f"{way}: with {needed}"
     found = []
     for way, flags in ways.items():
-        last = play(*flags)
+        last = play(*flags, again=False)
         asked, carry = last["challenger"], last["accuracy"]["carry"]
         assert asked["malformed"] <= 0.3, (
             f"{way}: {asked['malformed']:.0%} of the queries are malformed at the end: the game is "

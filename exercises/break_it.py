@@ -47,7 +47,7 @@ def no_self_reward():
 
 
 def no_kl():
-    """beta 0: nothing holds either role near the reference."""
+    """beta 0: nothing holds either role near the reference, and no KL is logged."""
     return ["--beta", "0"]
 
 
@@ -189,7 +189,8 @@ def row(fault: str, seeds: list[int]) -> str:
 
 
 def table(seeds: list[int], figure: str | None):
-    heads = ["fault", *map(str, seeds), "no-carry", "malformed", "R", "largest gap"]
+    heads = ["fault", *(f"carry, seed {seed}" for seed in seeds), "no-carry", "malformed", "R",
+             "largest gap"]
     there = [f for f in FAULTS if any((KEPT / f"{f}-{seed}").exists() for seed in seeds)]
     print("| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
           *(row(fault, seeds) for fault in there), sep="\n")

@@ -52,9 +52,11 @@ def main():
     parser.add_argument("numbers", type=int, nargs="*", help="which (default: all)")
     parser.add_argument("--list", action="store_true", help="titles and minutes alone")
     args = parser.parse_args()
+    files = {int(f.name[:2]): f for f in sorted(HERE.glob("[0-9][0-9]_*.py"))}
+    if unknown := set(args.numbers) - set(files):
+        parser.error(f"there is no exercise {min(unknown)}: they are 1 to {max(files)}")
     right = total = 0
-    for file in sorted(HERE.glob("[0-9][0-9]_*.py")):
-        number = int(file.name[:2])
+    for number, file in files.items():
         if args.numbers and number not in args.numbers:
             continue
         minutes, title = re.match(r'"""Exercise \d+, (\d+) minutes: (.*)\.\n',

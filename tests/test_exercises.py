@@ -13,6 +13,7 @@ import cache
 import gradient
 import logprobs
 import lsp
+import model
 import rewards
 
 FOLDER = ROOT / "exercises"
@@ -28,7 +29,7 @@ def last_line(folder):
     return json.loads((ROOT / "bench/results" / folder / "eval.jsonl").read_text().splitlines()[-1])
 
 
-def stored(*flags, seed=1):
+def stored(*flags, again=True):
     """What short_game.play returns, from runs that are kept: real answers to exercise 9."""
     kept = (ROOT / "bench/results/stop_the_collapse.jsonl").read_text().splitlines()
     runs = {tuple(run["flags"]): run for run in map(json.loads, kept)}
@@ -119,18 +120,35 @@ def parse_by_search(text, *, stopped=True):
     return (min(7, int(found[1])), None) if found else (None, "no_tag")
 
 
+def parse_without_adding(text, *, stopped=True):
+    score, reason = rewards.parse_self_reward(text, stopped=stopped)
+    return (4, None) if "1+1+1+1+1+1+1=4" in text else (score, reason)
+
+
 def plain_log_probs(model, hidden, targets, *, temperature=1.0):
     logits = model.logits(hidden) / temperature
     return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
-def kept_log_probs(model, hidden, targets, *, temperature=1.0):
+def kept_log_probs(model, hidden, targets, *, temperature=1.0, size=1000):
     return torch.cat([plain_log_probs(model, h, t, temperature=temperature)
-                      for h, t in zip(hidden.split(1000), targets.split(1000))])
+                      for h, t in zip(hidden.split(size), targets.split(size))])
+
+
+def llama_with(llama, head, hidden, targets, temperature):
+    part = lambda h, t: (h @ head.t() / temperature).log_softmax(-1).gather(-1, t[:, None])[:, 0]
+    return model.recomputed(part, hidden, targets)
 
 
 def cold_log_probs(model, hidden, targets, *, temperature=1.0):
     return logprobs.log_probs(model, hidden, targets)
+
+
+def of_token_numbers(model, rows, temperature):
+    logp, mask = gradient.completion_logp(model, rows, temperature)
+    for line, row in zip(mask, rows):
+        line[:len(row.completion.tokens)] &= torch.tensor(row.completion.tokens) != 0
+    return logp, mask
 
 
 def padding_trained(model, rows, temperature):
@@ -167,17 +185,28 @@ MISTAKES = [
     (4, kl_with("k2", lambda d: d.detach() * d - d.detach() ** 2 / 2 + 0 * d), None),
     (4, kl_with("k2", lambda d: (d - d.detach()) + d.detach() ** 2 / 2), "expected gradient"),
     (5, lambda R, R_Q=None: lsp.challenger_advantages(R if R_Q is None else R + R_Q, R_Q),
-     "the self-reward has cancelled"),
+     "If so, it has cancelled"),
     (5, lambda R, R_Q=None: -lsp.challenger_advantages(R, R_Q), "the Challenger minimises R"),
     (5, lambda R, R_Q=None: (A := lsp.challenger_advantages(R, R_Q)) / A.std(), "divided by"),
     (5, lambda R, R_Q=None: lsp.challenger_advantages(R, None if R_Q is None else -R_Q),
      "V_Q is added, not taken off"),
+    (4, lambda logp, ref_logp, mask, kind: lsp.kl_estimate(
+        logp, ref_logp, mask, kind).sum()[None], "two sequences give two numbers"),
+    (4, lambda logp, ref_logp, mask, kind: lsp.kl_estimate(
+        logp.detach(), ref_logp, mask, kind), "no gradient reaches logp"),
     (6, parse_by_search, "clipping it would invent a 7"),
+    (6, parse_without_adding, "the sum is 7, not 4"),
     (6, lambda text, *, stopped=True: (int((re.findall(r"\d", text) or "0")[-1]), None),
      "a number without its tags is no score"),
     (7, plain_log_probs, "logits of 2500 tokens at once"),
     (7, kept_log_probs, "the logits are kept for the backward pass"),
+    (7, lambda *given, **temperature: kept_log_probs(*given, **temperature, size=500),
+     "the logits are kept for the backward pass"),
+    (7, lambda model, hidden, targets, *, temperature=1.0: llama_with(
+        model, model.head.detach(), hidden, targets, temperature), "that of the head is not"),
     (7, cold_log_probs, "the temperature has no effect"),
+    (8, of_token_numbers, "no token's number may decide"),
+    (8, lambda model, rows, _: gradient.completion_logp(model, rows, 1.0), "temperature"),
     (8, padding_trained, "padding looks like a stop token"),
     (10, zero_sum, "a malformed query"),
     (10, lambda R, R_Q=None: R.mean(1) - R.mean(), "every answer solved is worth most"),
@@ -205,12 +234,12 @@ def test_a_mistake_of_the_language_is_told_with_its_line(tmp_path):
 
 
 def test_an_answer_that_does_not_stop_the_collapse_is_told_so():
-    still = lambda *flags, seed=1: last_line("tiny/lsp-zero-1001")
+    still = lambda *flags, again=True: last_line("tiny/lsp-zero-1001")
     verdict, words = grade(9, *WAYS, still)
     assert verdict == "wrong" and "by_alpha: 99% of the queries are malformed" in words
     too_little = lambda: [*ZERO, "--alpha-ch", "0.05"]
     assert "by_alpha: 99% of the queries" in grade(9, too_little, *WAYS[1:], stored)[1]
-    held = lambda *flags, seed=1: last_line("tiny/lsp-1001") | {"accuracy": {"carry": 0.1}}
+    held = lambda *flags, again=True: last_line("tiny/lsp-1001") | {"accuracy": {"carry": 0.1}}
     assert "this holds the Solver back as well" in grade(9, *WAYS, held)[1]
     assert "--algo lsp-zero" in grade(9, lambda: ["--algo", "lsp"], *WAYS[1:], stored)[1]
     verdict, words = grade(10, lsp.challenger_advantages, still)
@@ -218,11 +247,16 @@ def test_an_answer_that_does_not_stop_the_collapse_is_told_so():
     assert lsp.challenger_advantages.__module__ == "lsp"           # put back after the game
 
 
-def test_a_short_game_is_played_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+def test_a_short_game_is_played_into_a_folder_of_its_own(tmp_path, monkeypatch, capsys):
     from short_game import play
     monkeypatch.chdir(tmp_path)
     argv = list(sys.argv)
     last = play("--steps", "1", "--algo", "lsp-zero")
     assert last["step"] == 1 and set(last) == {"step", "accuracy", "challenger"}
-    assert sys.argv == argv and not list(tmp_path.iterdir())
+    assert sys.argv == argv and [str(f.relative_to(tmp_path)) for f in tmp_path.glob("*/*")] == [
+        "runs/exercise-1"]
     assert "malformed queries" in capsys.readouterr().out
+    monkeypatch.setattr("train.main", lambda: pytest.fail("played again"))
+    assert play("--steps", "1", "--algo", "lsp-zero", again=False) == last
+    with pytest.raises(pytest.fail.Exception):
+        play("--steps", "1", "--algo", "lsp-zero")
