@@ -61,6 +61,6 @@ def check(policy_loss=policy_loss):
     loss = policy_loss(long, None, A[:1], torch.ones_like(long).bool(), beta=0.0)
     loss = loss[0] if isinstance(loss, tuple) else loss
     assert loss.isfinite(), (
-        "right, but not for an answer of 1,000 tokens: its probability e^-1000 is 0 to a float, and "
-        "0 / 0 is no number. Subtract the logs before you take exp")
+        "right, but not for an answer of 1,000 tokens: its probability, e^-1000, is 0 to a float, "
+        "and 0 / 0 is no number. Subtract the logs before you take exp")
     return "value -mean(A), which is 0 for group advantages; gradient -A/B grad log pi(a)"
