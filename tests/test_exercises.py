@@ -242,6 +242,11 @@ def test_an_answer_that_does_not_stop_the_collapse_is_told_so():
     held = lambda *flags, again=True: last_line("tiny/lsp-1001") | {"accuracy": {"carry": 0.1}}
     assert "this holds the Solver back as well" in grade(9, *WAYS, held)[1]
     assert "--algo lsp-zero" in grade(9, lambda: ["--algo", "lsp"], *WAYS[1:], stored)[1]
+    assert "a list of flags" in grade(9, lambda: "--alpha-ch 0.003", *WAYS[1:], stored)[1]
+    still_to_write = exercises.load(FILES[9]).by_beta
+    verdict, words = grade(9, WAYS[0], still_to_write, WAYS[2], stored)
+    assert verdict == "to do" and "right, by_alpha" in words and "right, by_self" in words
+    assert "by_beta: return flags" in words
     verdict, words = grade(10, lsp.challenger_advantages, still)
     assert verdict == "wrong" and "nonsense pays" in words
     assert lsp.challenger_advantages.__module__ == "lsp"           # put back after the game

@@ -309,8 +309,9 @@ def test_what_stops_the_collapse_is_what_the_kept_runs_did():
     found = {key: (round(r["challenger"]["malformed"], 2), round(r["accuracy"]["carry"], 2))
              for key, r in kept.items()}
     assert found == {("--alpha-ch", "0.05"): (0.99, 0.23), ("--alpha-ch", "0.003"): (0.16, 0.82),
-                     ("--beta", "2"): (0.23, 0.36)}
-    assert "not stopped by alpha_Ch .05; .003 does, and beta 2 does" in README
+                     ("--alpha-ch", "0"): (0.10, 0.83), ("--beta", "2"): (0.23, 0.36)}
+    assert "not stopped by alpha_Ch .05; .003 stops it, as 0 does" in README
+    assert "carry accuracy ends at .83" in (ROOT / "exercises/09_stop_the_collapse.py").read_text()
 
 
 def test_the_faults_table_and_what_is_said_about_it_are_the_kept_runs():
