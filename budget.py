@@ -157,9 +157,9 @@ def sampling(c: Config, width: int, *, rows: int, each: int, prompt: int, common
 
 
 def head_logits(c: Config, width: int, tokens: int, device: str) -> int:
-    """Bytes of logprobs.log_probs: a chunk's logits in fp32, and beside them as the product of two
-    bfloat16 matrices."""
-    return tokens * chunk_width(tokens, c.vocab_size, device) * (4 + 2 * (width == 2))
+    """Bytes of logprobs.log_probs: a chunk's logits in fp32; beside them in bfloat16 as the product
+    that they are made of, and, on the way back, the last chunk's gradient."""
+    return tokens * chunk_width(tokens, c.vocab_size, device) * (4 + 4 * (width == 2))
 
 
 def scoring(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int,

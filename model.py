@@ -96,9 +96,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, (..., in), (out, in) -> (..., out).
 
     On a CPU the few rows that a decode comes down to go as (W x^T)^T: the library then shares W's
-    many rows out over the threads, where it would share out the few of x. A third faster for 32
-    rows, twice for 4, if their number is a multiple of 8 (hence the rows of zeros); the same sums
-    in another order.
+    many rows out over the threads, where it would share out the few of x. Faster by a third for 32
+    rows, if their number is a multiple of 8 (hence the rows of zeros). The same sums in another
+    order: test_a_product_of_few_rows_is_the_plain_one.
     """
     rows = x.numel() // x.shape[-1]
     if (not 2 <= rows <= 128 or x.device.type != "cpu" or torch.is_grad_enabled()

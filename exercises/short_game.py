@@ -14,7 +14,7 @@ def play(*flags: str, seed: int = 1, again: bool = True) -> dict:
     last line of its eval.jsonl. again False: what was played with these flags once is read."""
     said = ["--seed", str(seed), *flags]
     known = [f.parent for f in Path("runs").glob("exercise-*/played.json")
-             if not again and json.loads(f.read_text()) == said]
+             if not again and f.read_text() == json.dumps(said)]
     free = (f for n in count(1) if not (f := Path(f"runs/exercise-{n}")).exists())
     out = known[0] if known else next(free)
     what = "played already" if known else "playing"

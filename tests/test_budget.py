@@ -87,10 +87,10 @@ def test_llama_3_2_3b_takes_what_was_worked_out_by_hand():
     assert 65536 // (length + 256) == 44
     count = 8192 // (length - common)
     assert found["judge"]["cache"] == (44 * (length + 256) + common + count * length) * 114_688
-    # Log-probs: 2^26 logits, in bf16 as they are made and in fp32. The update: a bf16 gradient of
-    # the head; a block's input for each of 8,192 tokens and 28 layers, 1.4 GB, beside one whole
-    # block.
-    assert budget.head_logits(c, 2, 8192, "cuda") == (2 + 4) * 2**26
+    # Log-probs: 2^26 logits, in bf16 as they are made and in fp32, and their bf16 gradient. The
+    # update: a bf16 gradient of the head; a block's input for each of 8,192 tokens and 28 layers,
+    # 1.4 GB, beside one whole block.
+    assert budget.head_logits(c, 2, 8192, "cuda") == (2 + 4 + 2) * 2**26
     assert found["update"]["head's gradient"] == 2 * 128256 * 3072
     assert 1.4 < found["update"]["activations"] / GB < 4
     assert 72 < peaks(s)["update"] < 75.7 and budget.advice(s, budget.plan(s)) == "fits"

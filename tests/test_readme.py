@@ -255,11 +255,18 @@ def test_what_is_said_about_the_embedded_world_follows_from_the_kept_runs(tiny_s
 
 
 def test_speed_and_soak_figures_are_the_stored_ones():
-    rows = {}
+    rows = {}                            # of the AVX-512 machine, all runs of a workload together
     for file in ("sampler", "step"):
         for report in lines(ROOT / f"bench/results/{file}.jsonl"):
-            for row in report["rows"]:
-                rows[row["workload"], row["side"]] = row
+            for row in report["rows"] if report["cpu"] == "AVX512" else []:
+                all_runs = rows.setdefault((row["workload"], row["side"]), row)
+                if all_runs is not row:
+                    all_runs["seconds"] += row["seconds"]
+                    all_runs["time_ratios"] = (all_runs.get("time_ratios", [])
+                                               + row.get("time_ratios", []))
+    for row in rows.values():
+        row["median_seconds"] = median(row["seconds"])
+        row["time_ratio"] = median(row["time_ratios"]) if row.get("time_ratios") else None
     table = re.findall(r"^\| (?:generate|update|the same|whole) .*", BENCH, re.MULTILINE)
     assert len(table) == 8
     peers = [row for row in rows.values() if row["side"] != "ours"]
