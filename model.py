@@ -95,17 +95,24 @@ class RMSNorm(nn.Module):
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, (..., in), (out, in) -> (..., out).
 
-    On a CPU the few rows that a decode comes down to go as (W x^T)^T: the library then shares W's
-    many rows out over the threads, where it would share out the few of x. Faster by a third for 32
-    rows, if their number is a multiple of 8 (hence the rows of zeros). The same sums in another
-    order: test_a_product_of_few_rows_is_the_plain_one.
+    On a CPU the few rows that a decode comes down to are multiplied with 64 of W's rows at a time,
+    each a product of its own. In one large product MKL first copies all of W into a layout that it
+    likes, and for a single row starts no second thread: decoding one row takes little more than
+    half the time, 32 an eighth less. W is left alone where a core's cache holds it. The same sums
+    in another order: test_a_product_of_few_rows_is_the_plain_one.
     """
     rows = x.numel() // x.shape[-1]
-    if (not 2 <= rows <= 128 or x.device.type != "cpu" or torch.is_grad_enabled()
-            or torch.get_num_threads() == 1):
+    if (not 1 <= rows <= 128 or len(weight) % 64 or weight.numel() <= 2**16
+            or x.device.type != "cpu" or torch.is_grad_enabled()
+            or not torch.backends.mkl.is_available()):
         return F.linear(x, weight)
-    filled = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % 8 if rows > 8 else 0))
-    return (weight @ filled.t()).t()[:rows].view(*x.shape[:-1], -1)
+    blocks = weight.unflatten(0, (-1, 64))                                   # (out/64, 64, in)
+    each = x.reshape(1, rows, -1).expand(len(blocks), -1, -1)                # (out/64, rows, in)
+    if rows == 1:                                        # matrix times vector: faster this way
+        y = torch.bmm(blocks, each.mT)                                       # (out/64, 64, 1)
+    else:
+        y = torch.bmm(each, blocks.mT).transpose(0, 1)                       # (rows, out/64, 64)
+    return y.reshape(*x.shape[:-1], -1)                                      # (..., out)
 
 
 class Linear(nn.Linear):

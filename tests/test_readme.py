@@ -258,7 +258,7 @@ def test_speed_and_soak_figures_are_the_stored_ones():
     rows = {}                            # of the AVX-512 machine, all runs of a workload together
     for file in ("sampler", "step"):
         for report in lines(ROOT / f"bench/results/{file}.jsonl"):
-            for row in report["rows"] if report["cpu"] == "AVX512" else []:
+            for row in report.get("rows", []) if report["cpu"] == "AVX512" else []:
                 all_runs = rows.setdefault((row["workload"], row["side"]), row)
                 if all_runs is not row:
                     all_runs["seconds"] += row["seconds"]
@@ -283,6 +283,20 @@ def test_speed_and_soak_figures_are_the_stored_ones():
     assert f"{soak['resident_mb_200']} MB resident after 200" in BENCH
     assert f"{soak['resident_mb_2000']} MB after 2,000" in BENCH
     assert [f"{x:.0f} ms" in BENCH for x in soak["cpu_ms_a_step"]] == [True, True]
+
+
+def test_growth_figures_are_the_stored_ones():
+    words = {"group": "G", "prompt_tokens": "prompt", "new_tokens": "completion",
+             "vocabulary": "vocabulary"}
+    for file, what in (("sampler", "sampling, 2 prompts"),
+                       ("step", "update, 1 prompt, completions' logits")):
+        (points,) = [report["points"] for report in lines(ROOT / f"bench/results/{file}.jsonl")
+                     if "points" in report]
+        for ours, theirs in zip(points[::2], points[1::2]):
+            assert (ours["curve"], ours["value"]) == (theirs["curve"], theirs["value"])
+            more = [p["peak"] - p["idle"] for p in (ours, theirs)]
+            assert (f"| {what}: {words[ours['curve']]} {ours['value']:,} | {ours['seconds']:.1f} | "
+                    f"{theirs['seconds']:.1f} | {more[0]:.2f} | {more[1]:.2f} |") in BENCH
 
 
 def test_memory_and_scaling_figures_are_the_stored_ones():
