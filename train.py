@@ -18,6 +18,7 @@ which could never bind, every batch being used once. Shapes: N queries, G answer
 import json
 import math
 import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -262,7 +263,9 @@ def train(s: Settings, preset: dict):
     run = run or ranks.first(lambda: runs.new_run(s, run_name(s), need))
     with run, StopRequest() as game.phase.stop:
         ranks.first(lambda: run.begin(asdict(s), game.sources))
-        print("\n".join(f"{k} = {value}" for k, value in asdict(s).items() if value is not None))
+        said = " ".join(f"{k}={value}" for k, value in asdict(s).items() if value is not None)
+        print(textwrap.fill(f"settings      {said}", 100, subsequent_indent=" " * 14,
+                            break_long_words=False, break_on_hyphens=False))
         print(report.opening(s))
         now = {"torch": torch.__version__, "device": device.type, "ranks": ranks.world()}
         state = ranks.first(lambda: run.restore(s.keep, **now))
