@@ -1,7 +1,7 @@
 """Kill, starve and corrupt runs at random moments; each must end as if nothing had happened.
 
     python bench/faults.py                    # bench/README.md's table; minutes are in its JSON
-    python bench/faults.py --quick            # 8 kills and one of everything else, for the tests
+    python bench/faults.py --quick            # 8 kills, and one or two of all else, for the tests
 
 Every life of a run is a process of its own (forked, so that it need not import torch again) that
 calls train.py's main() with --requeue. A trial recovers when the run reaches its last step; it
@@ -31,8 +31,8 @@ import torch  # noqa: E402
 from checkpoints import write_checkpoint  # noqa: E402
 
 import cli  # noqa: E402
+import gradient  # noqa: E402
 import log  # noqa: E402
-import phases  # noqa: E402
 import rewards  # noqa: E402
 import runs  # noqa: E402
 import train  # noqa: E402
@@ -49,7 +49,7 @@ CAMPAIGN = {"kill -9 at a random moment": (54, 4), "kill -9 inside checkpoint wr
             "SIGTERM or SIGINT, every third twice": (15, 1), "checkpoint file cut": (15, 1),
             "checkpoint bit flipped": (20, 1), "checkpoint left half-written": (12, 1),
             "records cut or half a line more": (12, 1), "disk full": (10, 1),
-            "NaN or infinity injected": (12, 1), "rubbish from reward or judge": (8, 1)}
+            "NaN or infinity injected": (12, 2), "rubbish from reward or judge": (8, 1)}
 
 
 # ---------------------------------------------------------------- lives of a run
@@ -286,7 +286,7 @@ def injection(kind: str, step: int, bad: float):
             spoilt.prompt = solver[0].prompt
             return differentiate(game, optimizer, solver, challenger, count)
         differentiate, train.differentiate = train.differentiate, first
-        train.play, train.accumulate, phases.accumulate = spoilt_play, spoilt, spoilt
+        train.play, train.accumulate, gradient.accumulate = spoilt_play, spoilt, spoilt
     return spoil
 
 
