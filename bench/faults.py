@@ -155,7 +155,7 @@ def killed(bench, game: str, out: Path, count: int, inside: bool) -> int:
             # Lets up to three checkpoints pass: else all of a run's kills would hit its first.
             for now in (until * 4)[2 * bench.random.randrange(4):-1]:
                 code = wait(pid, now) if code is None else code
-            end = time.perf_counter() + bench.random.uniform(0, 0.1)
+            end = time.perf_counter() + bench.random.uniform(0, bench.writing[game])
             while code is None and writing(out) and time.perf_counter() < end:
                 code = ended(pid)
         else:
@@ -349,7 +349,8 @@ class Bench:
         self.folder, self.world, self.random = folder, folder / "world", random.Random(seed)
         self.world.mkdir()
         make_world(self.world)
-        self.untouched, self.half, self.seconds, self.size = {}, {}, {}, {}
+        self.untouched, self.half, self.size = {}, {}, {}
+        self.seconds, self.writing = {}, {}              # of a whole run, and of a checkpoint
         for game in GAMES:
             begun = time.perf_counter()
             self.untouched[game] = folder / f"untouched-{game}"
@@ -361,6 +362,10 @@ class Bench:
                                   if f.is_file() and not f.is_symlink())
             self.half[game] = folder / f"half-{game}"
             pid = start(self.world, self.half[game], game)
+            assert wait(pid, lambda game=game: writing(self.half[game])) is None
+            begun = time.perf_counter()
+            assert wait(pid, lambda game=game: not writing(self.half[game])) is None
+            self.writing[game] = time.perf_counter() - begun
             seen = self.half[game] / "checkpoint-000009/manifest.json"
             assert wait(pid, seen.exists) is None
             kill(pid)
