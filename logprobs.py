@@ -66,11 +66,11 @@ class ChunkedLogProbs(torch.autograd.Function):
         total = torch.full_like(chosen, -math.inf)                           # (M, 1)
         for _, x, at, here in ChunkedLogProbs.chunks(hidden, weight, targets, temperature, width):
             chosen = torch.where(here, x.gather(-1, at), chosen)
-            top = x.amax(-1, keepdim=True)
+            top = x.amax(-1, keepdim=True)                                   # (M, 1)
             more = top + x.sub_(top).exp_().sum(-1, keepdim=True).log()      # logsumexp, in place
             total = torch.logaddexp(total, more)
         ctx.save_for_backward(hidden, weight, targets, total)
-        return (chosen - total)[:, 0]
+        return (chosen - total)[:, 0]                                        # (M,)
 
     @staticmethod
     def backward(ctx, grad):
@@ -79,6 +79,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_weight = torch.empty_like(weight)                               # (V, D)
         for chunk, x, at, here in ChunkedLogProbs.chunks(hidden, weight, targets, ctx.temperature,
                                                          ctx.width):
+            # (M, width)   softmax - (v == target)
             p = x.sub_(total).exp_().scatter_add_(-1, at, -here.to(x.dtype))
             by_logits = p.mul_(-grad[:, None] / ctx.temperature).to(hidden.dtype)    # (M, width)
             grad_hidden += by_logits @ weight[chunk]
