@@ -75,7 +75,7 @@ def read_models(s) -> dict[str, Config]:
         found["reference"] = reference
     if s.reading and not shared:
         found["judge"] = judge
-    if s.reward not in rewards.VERIFIABLE and not s.verdict:
+    if s.reward not in rewards.CHECKS and not s.verdict:
         found["reward model"] = path(s.reward)
     return {role: read_config(folder) for role, folder in found.items()}
 

@@ -52,7 +52,7 @@ def answer(args, queries: list[str], done: int, samples: int = 1):
     path, left = find_model(args.model), queries[done:]
     if not left:
         return
-    device, dtype = pick_device(args.device)
+    device, dtype = pick_device(args.device, path)
     tokenizer = Tokenizer(path)
     strange = next((s for q in left if (s := tokenizer.unspelt(q)) is not None), None)
     if strange is not None:

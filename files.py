@@ -138,8 +138,9 @@ def prompt_file(model_path: Path, name: str) -> Path:
     return own if own.exists() else HERE / "prompts" / f"{name}.txt"
 
 
-def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """The device of that name (auto: cuda, then mps, then cpu) and the dtype to compute in there.
+def pick_device(name: str = "auto", path: Path | None = None) -> tuple[torch.device, torch.dtype]:
+    """The device of that name (auto: what the model at `path` asks for in its training.json, else
+    cuda, then mps, then cpu) and the dtype to compute in there.
 
     bfloat16 on CUDA; fp32 elsewhere: most CPUs multiply bfloat16 several times slower than fp32,
     and GPUs before Ampere (V100, T4, 20x0) have no units for it. Those could multiply fp16, but its
@@ -148,8 +149,17 @@ def pick_device(name: str = "auto") -> tuple[torch.device, torch.dtype]:
     """
     available = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto" and path and (file := inside(path, "training.json")).exists():
+        name = "cpu" if read_json(file).get("device") == "cpu" else name     # the embedded ones
     name = next(d for d in available if available[d]) if name == "auto" else name
     if not available[name]:
         raise InputError(f"--device {name}: PyTorch finds none here")
+    if name == "cuda":
+        # cuDNN's attention builds a plan for every new shape, and shapes change with every batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # Models and batches differ in the sizes of their tensors: segments that can grow leave
+        # fewer gaps. Read when CUDA starts; what the user set stays.
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:                  # its older name
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     rounded = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device(name), torch.bfloat16 if rounded else torch.float32

@@ -55,14 +55,14 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     checkpoint: the policy of a run that is resumed.
     """
     device, dtype = pick_device(s.device)
-    ranks.take_gpu(device)
+    ranks.check_gpu(device)
     stories = s.algo == "rlpt" and s.text == tiny_world.STORIES
     world = tiny_world if s.reward == "tiny" or stories else None
     if world and device.type == "cpu":
         torch.set_num_threads(1)           # matrices this small: threads would wait for each other
     if s.gpu_memory and device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, s.gpu_memory * 1e9 / whole), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, s.gpu_memory * 1e9 / whole))
     home = torch.device("cpu") if s.offload else device          # where models rest
     load = lambda path, dtype=dtype: load_model(path, device=home, dtype=dtype)
     start = find_model(s.model)
@@ -81,7 +81,7 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     context = read_config(start).max_position_embeddings
     check_data(s.prompts, data, tokenizer, context - s.answer_tokens)
     check_data(s.eval_prompts, held_out, tokenizer, context - s.answer_tokens)
-    game = Game(s, None, tokenizer, rewards.VERIFIABLE.get(s.reward), data=data, held_out=held_out,
+    game = Game(s, None, tokenizer, rewards.CHECKS.get(s.reward), data=data, held_out=held_out,
                 world=world)
     game.sources = {"--model": start}
     for flag in ("prompts", "eval_prompts"):

@@ -88,11 +88,11 @@ def refer(game: Game, rows: list[Row]):
     A pass of its own before the update's, so that the reference need not be on the GPU with the
     gradients; in the same micro-batches, so that both sides of the KL round alike.
     """
-    known = {}
-    for batch in micro_batches(rows, game.settings.micro_batch_tokens):
-        logp, _ = completion_logp(game.reference, batch, game.settings.temperature)        # (B, T)
-        known |= {row.text: line[:len(row.completion.tokens)]
-                  for row, line in zip(batch, logp.tolist())}
+    batches = list(micro_batches(rows, game.settings.micro_batch_tokens))
+    scored = [completion_logp(game.reference, batch, game.settings.temperature)[0]         # (B, T)
+              for batch in batches]
+    known = {row.text: line[:len(row.completion.tokens)]
+             for batch, logp in zip(batches, scored) for row, line in zip(batch, logp.tolist())}
     for row in rows:
         row.ref_logp = known[row.text]
 
@@ -123,10 +123,11 @@ def accumulate(game: Game, rows: list[Row], weight: float, count: int | None = N
         (weight * loss).backward()
         sampled, _ = pad([row.completion.logp for row in batch], logp.device, logp.dtype)  # (B, T)
         gap = ((logp.detach() - sampled).abs() * mask * copies[:, None]).sum()
-        statistics |= {"gap": gap, "loss": loss.detach()}
-        values = torch.stack(list(statistics.values())).tolist()       # a GPU is waited for once
-        sums.update(dict(zip(statistics, values)))
-    return sums
+        sums.update(statistics | {"gap": gap, "loss": loss.detach()})
+    if not sums:
+        return sums
+    values = torch.stack(list(sums.values())).tolist()       # the only wait for the GPU's results
+    return Counter(dict(zip(sums, values)))
 
 
 # ---------------------------------------------------------------- numbers that are not finite

@@ -33,9 +33,7 @@ def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list
     queries, golds = map(list, zip(*held_out))
     answers, stopped = greedy(game, queries)
     game.phase.call(game.scorer)
-    ours = rewards.as_rewards(game.reward(queries, answers, golds), len(queries))          # (len,)
-    if game.settings.reward in rewards.VERIFIABLE:         # as in training: cut off is not answered
-        ours = ours * stopped
+    ours = rewards.score(game.reward, queries, answers, golds, stopped)                    # (len,)
     answered = [{"query": q, "answer": a, "reward": r}
                 for q, a, r in zip(queries, answers, ours.tolist())]
     theirs = torch.tensor([math.nan if record["reward"] is None else record["reward"]

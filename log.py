@@ -1,7 +1,12 @@
 """What a run says: each step's numbers, its line on the screen, the samples, the transcript."""
 import math
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from results import read_lines
 
 # What metrics.jsonl tells of the machine. All else two runs of one game have in common.
 TIMED = ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "budget_gb", "bandwidth_share",
@@ -13,8 +18,55 @@ def share(flags: list) -> float | None:
     return sum(flags) / len(flags) if flags else None
 
 
-def measure(s, r) -> dict:
-    """What a train.Round says about the game; README.md explains each. None: no such thing here."""
+RECENT = 10                          # steps whose queries a step's are compared with
+
+
+def recent_queries(samples: Path) -> deque[list[str]]:
+    """The queries of the last steps in a run's samples.jsonl, a list a step."""
+    steps = {}
+    for line in read_lines(samples):
+        steps.setdefault(line["step"], []).append(line["query"])
+        if len(steps) > RECENT:
+            del steps[min(steps)]
+    return deque(steps.values(), maxlen=RECENT)
+
+
+def grams(query: str) -> set[tuple[str, ...]]:
+    """The 3-grams of a query's words; of fewer than three words, all of them as one."""
+    words = query.split()
+    return {tuple(words[i:i + 3]) for i in range(max(1, len(words) - 2))}
+
+
+def overlap(queries: list[str], others: list[str] | None = None) -> float | None:
+    """Mean fraction of a query's 3-grams that another query holds too: of the same list, or of
+    `others`. None where there is nothing to compare with."""
+    own = [grams(query) for query in queries]
+    counts = Counter(gram for held in own for gram in held)
+    known = None if others is None else set().union(*map(grams, others))
+    if not own or (len(own) < 2 if others is None else not others):
+        return None
+    held = lambda gram: counts[gram] > 1 if known is None else gram in known
+    return share([share([held(gram) for gram in found]) for found in own])
+
+
+BALANCE = ("quality_value_spread", "reward_spread", "quality_spread", "reward_quality_correlation")
+
+
+def balance(R: Tensor, R_Q: Tensor) -> dict[str, float | None]:
+    """How the two rewards stand beside each other, (N, G) each. Spreads are standard deviations: of
+    the group means over queries, which is what the Challenger's advantage is made of, and within
+    groups, which is what the Solver's is made of."""
+    spread = lambda X: X.std(correction=0).item()
+    within = lambda X: (X - X.mean(1, keepdim=True)).square().mean().sqrt().item()
+    pairs = torch.stack((R.flatten(), R_Q.flatten()))                                # (2, N * G)
+    constant = spread(R) < 1e-6 or spread(R_Q) < 1e-6
+    correlation = None if constant else torch.corrcoef(pairs)[0, 1].item()
+    return dict(zip(BALANCE, (spread(R_Q.mean(1)), within(R), within(R_Q), correlation)))
+
+
+def measure(s, r, recent=()) -> dict:
+    """What a train.Round says about the game; README.md explains each. None: no such thing here.
+    recent: the queries of the steps before, a list a step."""
     rows = [row for group in r.answer_rows for row in group]
     flat = r.A_sol[r.kept].abs().amax(1) < 1e-6                        # (kept queries,)
     judged = [j for j in r.judgements if not j.get("failure")]
@@ -26,9 +78,11 @@ def measure(s, r) -> dict:
         "reward": r.R.mean().item(),
         "quality": None if r.R_Q is None else r.R_Q.mean().item(),
         "value_spread": r.R.mean(1).std(correction=0).item(),
+    } | (dict.fromkeys(BALANCE) if r.R_Q is None else balance(r.R, r.R_Q)) | {
         "flat_groups": share(flat.tolist()),
         "challenger_advantage": None if r.A_ch is None else r.A_ch.abs().mean().item(),
         "distinct_queries": len(set(r.queries)) / len(r.queries),
+        "overlap": overlap(r.queries), "overlap_recent": overlap(r.queries, sum(recent, [])),
         "leaked_tags": share(["[Start Gen" in q or "[End Gen" in q for q in r.queries]),
         "held_out_queries": 1 - r.kept.float().mean().item(),
         "query_length": share([len(row.tokens) for row in r.query_rows]),
@@ -84,6 +138,8 @@ def step_line(s, m: dict) -> str:
                  f"  no prediction {short(m['no_prediction'])}")
     if m["skipped"]:
         line += "  " + fault_text(m["faults"]) + ": update skipped"
+    if m["quality"] is not None and not m["quality_value_spread"] and not m["quality_spread"]:
+        line += "  all R_Q equal: no self-reward in this step"
     if unread is not None and unread > 0.5:
         line += f"  {'verdicts' if s.verdict else 'self-reward'} mostly unread"
     return line
@@ -138,12 +194,15 @@ def samples(r, step: int):
     for n in range(N):
         yield {
             "step": step, "query": r.queries[n], "gold": r.golds[n],
+            "query_tokens": r.query_rows[n].tokens if r.query_rows else None,
+            "prompt_tokens": r.solver_prompts[n],
             "kind": r.kinds and r.kinds[n],
             "query_stopped": r.query_rows[n].stopped if r.query_rows else None,
             "trained_on": bool(r.kept[n]),
             "challenger_advantage": None if r.A_ch is None else r.A_ch[n].item(),
             "answers": [{
-                "answer": r.answers[n][g], "stopped": r.answer_rows[n][g].stopped,
+                "answer": r.answers[n][g], "tokens": r.answer_rows[n][g].tokens,
+                "stopped": r.answer_rows[n][g].stopped,
                 "reward": r.R[n, g].item(), "advantage": r.A_sol[n, g].item(),
                 "quality": None if r.R_Q is None else r.R_Q[n, g].item(),
             } | (r.judgements[n * G + g] if r.judgements else {}) for g in range(G)]}
@@ -172,4 +231,21 @@ def transcript(s, r) -> str:
     R = "R" if s.reward_scale == 1 else f"{s.reward_scale:g} * R"
     of = f"; advantages: Solver's of {R}" + ("" if r.R_Q is None else " + R_Q")
     of += "" if r.A_ch is None else f", Challenger's of {'-' if r.R_Q is None else 'R_Q - '}{R}"
-    return "\n".join([*lines, "", total + of])
+    return "\n".join([*lines, "", total + of, *balance_lines(r)])
+
+
+def balance_lines(r) -> list[str]:
+    """How far R and R_Q of a round spread, and the --reward-scale that makes them spread alike."""
+    if r.R_Q is None:
+        return []
+    found, lines = balance(r.R, r.R_Q), []
+    value_spread = r.R.mean(1).std(correction=0).item()
+    for role, R, R_Q in (
+            ("Challenger's, over queries", value_spread, found["quality_value_spread"]),
+            ("Solver's, within groups", found["reward_spread"], found["quality_spread"])):
+        scale = f"--reward-scale {R_Q / R:.2g} would make them equal" if R and R_Q else (
+            "no scale makes them equal")
+        lines.append(f"spread of R {R:.2f}, of R_Q {R_Q:.2f} ({role}): {scale}")
+    return [*lines, f"correlation of R and R_Q {short(found['reward_quality_correlation'])}"]
+
+

@@ -3,8 +3,9 @@
 --offload, for small cards: masters, moments and frozen models rest in host memory. On the GPU is
 only the model at work in a phase (Stage), and while the policy learns its fp32 gradients; the
 optimiser streams masters and moments through in blocks. Every number is computed by the same kernel
-from the same operands as without: the run is the same bit for bit
-(test_an_offloaded_run_is_the_plain_one_bit_for_bit).
+from the same operands as without. On a CPU the run is the same bit for bit
+(test_an_offloaded_run_is_the_plain_one_bit_for_bit); on a GPU no two runs are: attention's backward
+pass adds in no fixed order.
 """
 import math
 from pathlib import Path
@@ -109,7 +110,8 @@ class MasterAdamW:
                     weights.copy_(block[0], non_blocking=True)
                     for t, new in zip(held, block):
                         t.copy_(new, non_blocking=True)
-            p.grad = None                # its memory serves nobody before main has waited, below
+        # The gradients stay until here: what is freed while another stream reads it can be given
+        # away, or unmapped (expandable segments).
         for stream in streams if main else ():
             main.wait_stream(stream)
         if main:

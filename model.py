@@ -142,7 +142,8 @@ class Attention(nn.Module):
             # The H/K query heads that read one key head stand as further queries of it: no key is
             # copied, and kernels that take a mask but no grouped heads serve as well.
             grouped = q.reshape(len(q), k.shape[1], -1, self.head_dim)       # (B, K, H/K * T, d)
-            y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view(q.shape)
+            y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+            y = y.reshape(q.shape)       # not view: some kernels return (B, T, heads, d) memory
         return self.o_proj(y.transpose(1, 2).flatten(2))                     # (B, T, D)
 
 

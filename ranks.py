@@ -49,6 +49,8 @@ def together(main):
                             store=store, rank=number, world_size=count, timeout=PATIENCE)
     if rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():      # before its memory is read
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     code = 0
     try:
         run_script(lambda: to_the_end(main))
@@ -73,14 +75,13 @@ def to_the_end(main):
         raise reason from None
 
 
-def take_gpu(device: torch.device):
-    """This rank's own GPU becomes the one that "cuda" means."""
+def check_gpu(device: torch.device):
+    """InputError where this rank has no GPU of its own; together() has made it current."""
     if world() > 1 and device.type == "cuda":
         place, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if place >= found:
             raise InputError(f"{place + 1} processes or more on a machine with {found} GPUs: "
                              "torchrun --nproc-per-node takes at most one a GPU")
-        torch.cuda.set_device(place)
 
 
 # ---------------------------------------------------------------- meetings

@@ -9,8 +9,8 @@
 
 Any reward is a function (queries, answers, golds) -> (len,) fp32: yours fits in ten lines.
 The self-reward is arXiv 2509.07414's R_Q, 0..7, given by the frozen reference model as a judge.
-Left open there and decided here: an unreadable score takes the mean of its query's readable ones
-(fill_unread). The verdict is arXiv 2509.19249's, 0 or 1: is a prediction right (rlpt.py)?
+Left open there and decided here: an unparsed score takes the mean of its query's parsed ones
+(fill_unparsed). The verdict is arXiv 2509.19249's, 0 or 1: is a prediction right (rlpt.py)?
 Shapes: M pairs of texts, N queries, G answers a query, S possible scores, D hidden size.
 """
 import re
@@ -105,6 +105,20 @@ def as_rewards(values, count: int) -> Tensor:
     return ranks.exchange(R)[0]
 
 
+def score(reward, queries: list[str], answers: list[str], golds: list, stopped: Tensor) -> Tensor:
+    """R of pairs, (len,) fp32 on the CPU. stopped: (len,) bool, False where an answer was cut off.
+
+    A check f of a truncated answer counts min(f(text), f("")): being cut off never pays, and half
+    of an answer is none ("#### 4" may be half of 42). A reward that is a model is asked as it is.
+    """
+    R = as_rewards(reward(queries, answers, golds), len(queries))
+    cut = (~stopped).nonzero()[:, 0].tolist()
+    if cut and not hasattr(reward, "model"):
+        empty = reward([queries[i] for i in cut], [""] * len(cut), [golds[i] for i in cut])
+        R[cut] = R[cut].minimum(as_rewards(empty, len(cut)))
+    return R
+
+
 # ---------------------------------------------------------------- a judge
 
 @dataclass(frozen=True)
@@ -167,15 +181,14 @@ def ask_judge(judge: Llama, tokenizer: Tokenizer, firsts: list[str], seconds: li
     return torch.tensor(scores, dtype=torch.float32), records
 
 
-def fill_unread(scores: Tensor) -> Tensor:
-    """(N, G) scores with NaN where unread -> the same without:
-    the mean of the query's read ones, else of all, else 0.
+def fill_unparsed(scores: Tensor) -> Tensor:
+    """(N, G) scores with NaN where unparsed -> the same without: the mean of the query's parsed
+    ones, which leaves the answers' advantages alone.
 
-    A constant such as 0 would punish answers for the judge's failure;
-    the group's mean leaves their advantage alone.
+    Where none of a query's scores can be parsed they are 0, the lowest: a query that breaks the
+    judge's format must not gain by it. (This also punishes failures of the judge.)
     """
-    overall = scores.nanmean().nan_to_num(0.0)
-    per_query = scores.nanmean(dim=1, keepdim=True).nan_to_num(overall.item())   # (N, 1)
+    per_query = scores.nanmean(dim=1, keepdim=True).nan_to_num(0.0)          # (N, 1)
     return torch.where(scores.isnan(), per_query, scores)                    # (N, G)
 
 
@@ -291,7 +304,5 @@ def exact(queries: list[str], answers: list[str], golds: list[str]) -> Tensor:
     return torch.tensor(right, dtype=torch.float32)
 
 
-# By name. A verifiable reward is 0 for an answer that the token limit cut off (train.py):
-# "#### 4" may be half of 42.
-VERIFIABLE = {"exact": exact, "tiny": tiny_world.reward}
+CHECKS = {"exact": exact, "tiny": tiny_world.reward}           # by name
 NEED_GOLD = ("exact",)

@@ -15,6 +15,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def decode(model: Llama, prompts: list[list[int]], *, limits: list[int], seeds: 
                           for i, p in enumerate(prompts)]).cumsum(0)                 # (B,)
     longest = max(map(len, prompts))
     size = longest + max(limits)
-    logits, cache = prefill(model, distinct, which, size)                    # (B, V)
+    logits, held = prefill(model, distinct, which, size)                     # (B, V)
     # Row b's t-th token uses the t-th uniform number of its own stream. float64: with fp32's 24
     # bits, tokens less likely than 6e-8 could never be drawn.
     uniforms = [np.random.Generator(np.random.Philox(key=seed)).random(max(limits))
@@ -151,13 +152,14 @@ def decode(model: Llama, prompts: list[list[int]], *, limits: list[int], seeds: 
                 inside, token, limit, ended, uniforms = (
                     inside[left], token[left], limit[left], ended[left],
                     uniforms[left.to(uniforms.device)])
-                cache.select(left)
+                held.select(left)
                 captured = None
-        if graphs and (captured is None or longest + step >= cache.used):
-            cache.used = min(size, (longest + step) // REACH * REACH + REACH)
-            captured = CapturedStep(model, cache)
+        if graphs and (captured is None or longest + step >= held.used):
+            held.used = min(size, (longest + step) // REACH * REACH + REACH)
+            captured = None                  # its memory is free before the next one is captured
+            captured = CapturedStep(model, held)
         logits = (captured(token) if graphs else
-                  model.logits(model(token[:, None], cache=cache)[:, -1]))   # (B, V)
+                  model.logits(model(token[:, None], cache=held)[:, -1]))   # (B, V)
 
 
 STRETCH = 8              # steps between two questions to a GPU about who has finished
@@ -168,33 +170,43 @@ def uses_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@cache
+def capture_stream() -> "torch.cuda.Stream":
+    """The one stream on which graphs are captured: each has a cuBLAS workspace of its own."""
+    return torch.cuda.Stream()
+
+
 class CapturedStep:
     """A decode step as a CUDA graph: recorded once, then launched as one.
 
     Python takes longer to launch the step's thousand kernels than a GPU takes to run them. A graph
     fixes shapes and addresses, so it serves until rows leave or the cache's used part must grow:
     what lies beyond a row's length there is masked, as padding is. A GPU that cannot capture (some
-    debugging modes) goes on eagerly.
+    debugging modes) goes on eagerly. Nothing in here refers back to itself: the cache is freed with
+    the last reference, not when the garbage collector comes (test_nothing_of_a_call_outlives_it).
     """
 
     def __init__(self, model: Llama, cache: Cache):
+        self.model, self.cache = model, cache
         self.token = torch.zeros_like(cache.lengths)[:, None]                # (B, 1)
-        self.step = lambda: model.logits(model(self.token, cache=cache)[:, -1])
         cache.fixed, start = True, cache.lengths.clone()
-        side = torch.cuda.Stream()                   # the warm-up that capture asks for
+        side = capture_stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side):                # the warm-up that capture asks for
             self.step()
         torch.cuda.current_stream().wait_stream(side)
         cache.lengths.copy_(start)                   # what the warm-up wrote is written over
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=side):
                 self.logits = self.step()            # recorded, not run
         except RuntimeError as error:
             warnings.warn(f"decoding without a CUDA graph, slower: {error}", stacklevel=2)
             self.graph = None
             cache.lengths.copy_(start)
+
+    def step(self) -> Tensor:
+        return self.model.logits(self.model(self.token, cache=self.cache)[:, -1])
 
     def __call__(self, token: Tensor) -> Tensor:
         self.token.copy_(token[:, None])
@@ -295,7 +307,7 @@ def main():
     if not args.challenger and (fills or args.challenger_prompt):
         raise InputError(f"--{(*fills, 'challenger-prompt')[0]} is for --challenger")
     path = find_model(args.model)
-    device, dtype = pick_device(args.device)
+    device, dtype = pick_device(args.device, path)
     tokenizer, model = Tokenizer(path), load_model(path, device=device, dtype=dtype)
     if model.config.scalar_head:
         raise InputError(f"{args.model} is a reward model, which cannot write")

@@ -197,7 +197,7 @@ def read_preset(file: Path) -> dict:
         number = f.type in (int, float)
         if f.name in preset and not number and not f.metadata["choices"] and (
                 f.name not in STRANGERS_MAY_SET
-                or f.name == "reward" and value not in (*rewards.VERIFIABLE, *NAMES)
+                or f.name == "reward" and value not in (*rewards.CHECKS, *NAMES)
                 or f.name == "text" and value != STORIES):
             raise InputError(f"{file}: {f.name} can be set on the command line alone")
         if f.name in preset:

@@ -6,7 +6,7 @@ or (RLPT, arXiv 2509.19249; rlpt.py) on plain text.
     python train.py --model llama-3.2-3b --algo lsp-zero   # the bare zero-sum game
     python train.py --model llama-3.2-3b --algo grpo --prompts alpaca.json
     python train.py --model llama-3.2-3b --algo rlpt --text books/
-    python train.py --model runs/A/checkpoint --algo grpo --prompts alpaca.json    # a second stage
+    python train.py --model runs/A/checkpoint --judge llama-3.2-3b    # a second stage
     torchrun --nproc-per-node 8 train.py --model llama-3.2-3b    # on eight GPUs (ranks.py)
     python train.py --watch                                # one round as a transcript, no update
     python train.py --resume runs/A                        # as if it had never been stopped
@@ -106,10 +106,9 @@ def play(game: Game, step: int) -> Round:
         answers = [[text_of(game.tokenizer, row) for row in group] for group in answer_rows]
 
     # Score: R(q, a), in rlpt the judge's verdict, and in lsp its R_Q(q, a).
-    R, R_Q, judgements, cut = score(game, step, queries, golds, answers)
+    stopped = [[row.stopped for row in group] for group in answer_rows]              # (N, G)
+    R, R_Q, judgements, cut = score(game, step, queries, golds, answers, stopped)
     shortened |= cut
-    if s.reward in rewards.VERIFIABLE:     # cut off is not answered: "#### 4" may be half of 42
-        R = R * torch.tensor([[row.stopped for row in group] for group in answer_rows])
 
     # Advantages, over the queries that may be learnt from.
     keep = lambda query: not (game.world and game.world.is_held_out(query))
@@ -125,33 +124,36 @@ def play(game: Game, step: int) -> Round:
 
 
 def score(game: Game, step: int, queries: list[str], golds: list[str | None],
-          answers: list[list[str]]) -> tuple[Tensor, Tensor | None, list[dict], dict[str, int]]:
+          answers: list[list[str]], stopped: list[list[bool]],
+          ) -> tuple[Tensor, Tensor | None, list[dict], dict[str, int]]:
     """R (N, G), R_Q (N, G) or None, what the judge said to each pair (N * G, or none), and how many
     texts were cut to fit a context. The same pair is scored once."""
     s, G, phase = game.settings, game.settings.answers, game.phase
-    triples = [(q, a, gold) for q, gold, group in zip(queries, golds, answers) for a in group]
-    number = {t: i for i, t in enumerate(dict.fromkeys(triples))}    # of each distinct one
-    at = torch.tensor([number[t] for t in triples]).view(-1, G)                      # (N, G)
-    asked, answered, gold = map(list, zip(*number))
+    asked_each = [(q, a, gold, whole)
+                  for q, gold, group, ends in zip(queries, golds, answers, stopped)
+                  for a, whole in zip(group, ends)]
+    number = {t: i for i, t in enumerate(dict.fromkeys(asked_each))}         # of each distinct one
+    at = torch.tensor([number[t] for t in asked_each]).view(-1, G)                   # (N, G)
+    asked, answered, gold, whole = map(list, zip(*number))
     R_Q, judgements = None, []
     with phase("judge" if s.verdict else "reward", game.scorer):
         if s.verdict:
             game.reward.generator = generator(s.seed, step, JUDGE)
-        R = rewards.as_rewards(game.reward(asked, answered, gold), len(asked))[at]   # (N, G)
+        R = rewards.score(game.reward, asked, answered, gold, torch.tensor(whole))[at]
     cut = {"rewarded": getattr(game.reward, "shortened", 0)}
     if s.verdict:
         judgements = [game.reward.records[i] for i in at.flatten().tolist()]
     elif game.judge is not None:
         if s.judge_temperature and s.self_reward == "generate":      # drawn anew for each
-            at = torch.arange(len(triples)).view(-1, G)
-            asked, answered, _ = map(list, zip(*triples))
+            at = torch.arange(len(asked_each)).view(-1, G)
+            asked, answered, *_ = map(list, zip(*asked_each))
         with phase("judge", game.judge):
             scores, records = rewards.self_reward(
                 game.judge, game.judge_tokenizer, asked, answered, prompt=game.judge_prompt,
                 reading=s.self_reward, temperature=s.judge_temperature,
                 max_new_tokens=s.judge_tokens, generator=generator(s.seed, step, JUDGE),
                 batch_tokens=s.batch_tokens)
-        R_Q = rewards.fill_unread(scores[at])                                        # (N, G)
+        R_Q = rewards.fill_unparsed(scores[at])                                      # (N, G)
         judgements = [records[i] for i in at.flatten().tolist()]
         cut["judged"] = sum(record["shortened"] for record in records)
     return R, R_Q, judgements, cut
@@ -284,6 +286,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
     step, bad_steps = state["step"], state["bad_steps"]
     saved = step if run.checkpoint else None
     evals = read_lines(out / "eval.jsonl")
+    recent = log.recent_queries(out / "samples.jsonl")
     start = [a for a in read_lines(out / "eval_samples.jsonl") if a["step"] == 0] or None
 
     def look():
@@ -329,9 +332,10 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
             seconds = time.perf_counter() - begun
             step += 1
             bad_steps = bad_steps + 1 if learnt["skipped"] else 0
-            m = {"step": step} | log.measure(s, r) | learnt | {
+            m = {"step": step} | log.measure(s, r, recent) | learnt | {
                 "seconds": seconds, "phase_seconds": r.seconds, "peak_gb": game.phase.peak_gb,
                 "budget_gb": budget_gb} | report.speed(game, r, bounds)
+            recent.append(r.queries)
             run.append("metrics.jsonl", [m])
             run.append("samples.jsonl", list(log.samples(r, step)))
             print(log.step_line(s, m), flush=True)

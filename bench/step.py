@@ -144,8 +144,9 @@ LOGP = {"transformers-full": full_logp, "transformers-kept": kept_logp, "trl-hea
 
 def reward(queries: list[str], answers: list[str], golds) -> Tensor:
     """Costs nothing and differs within a group: the share of odd words."""
-    return torch.tensor([sum(word[-1] in "13579" for word in answer.split()) / len(answer.split())
-                         for answer in answers])
+    odd = lambda words: sum(word[-1] in "13579" for word in words) / max(1, len(words))
+    return torch.tensor([odd(answer.split()) for answer in answers])
+
 
 
 def write_tokenizer(folder: Path, load: Load):

@@ -280,7 +280,7 @@ def test_a_signal_finishes_the_phase_saves_and_the_run_goes_on_from_there(
 def test_five_skipped_updates_in_a_row_stop_the_run_with_a_checkpoint(play, world, monkeypatch):
     nan = float("nan")
     bad = lambda queries, answers, golds: torch.tensor([1.0, *[nan] * (len(queries) - 1)])
-    monkeypatch.setitem(rewards.VERIFIABLE, "exact", bad)
+    monkeypatch.setitem(rewards.CHECKS, "exact", bad)
     before = players.load_model(world / "m")
     reason = stopped(play, "--out", "nan", "--reward", "exact", steps=9)
     assert reason.code == 3 and "checkpoint-000005" in str(reason)

@@ -66,6 +66,16 @@ def logp_of(logits, tokens):
     return logits.log_softmax(-1).gather(-1, tokens)[..., 0]
 
 
+@pytest.mark.parametrize("kl", lsp.KL_ESTIMATORS)
+def test_without_advantages_the_loss_is_beta_times_the_kl(kl):
+    """Its sign, its weight and its kind; and that what is logged is k3."""
+    logits, tokens, mask, ref, A = rows()
+    logp = logp_of(logits, tokens)
+    loss, sums = lsp.policy_loss(logp, ref, 0 * A, mask, beta=0.3, kl=kl)
+    assert torch.allclose(loss, 0.3 * lsp.kl_estimate(logp, ref, mask, kl).mean())
+    assert torch.allclose(sums["kl"], lsp.kl_estimate(logp, ref, mask, "k3").sum())
+
+
 def test_stop_gradient_ratio_has_the_policy_gradient():
     logits, tokens, mask, _, A = rows()
     logits.requires_grad_()

@@ -12,7 +12,7 @@ import rewards
 from chat import Tokenizer
 from files import HERE, InputError, read_prompt
 from model import load_model
-from rewards import exact, fill_unread, last_number, parse_self_reward
+from rewards import exact, fill_unparsed, last_number, parse_self_reward
 from sample import Completion
 
 SEVEN = "<Calculation>1+0+1+0+1+1+0=4</Calculation>"
@@ -126,11 +126,22 @@ def test_megabytes_of_junk_are_read_in_linear_time(junk):
     assert seconds(800_000) < 24 * max(seconds(100_000), 1e-3)
 
 
-def test_unread_scores_take_the_mean_of_their_query_else_of_the_batch_else_zero():
+def test_unparsed_scores_take_the_mean_of_their_query_and_a_query_without_any_gains_nothing():
     nan = math.nan
-    filled = fill_unread(torch.tensor([[1.0, nan, 3.0], [nan, nan, nan], [5.0, 7.0, 6.0]]))
-    assert filled.tolist() == [[1, 2, 3], [pytest.approx(4.4)] * 3, [5, 7, 6]]
-    assert fill_unread(torch.full((2, 2), nan)).tolist() == [[0, 0], [0, 0]]
+    filled = fill_unparsed(torch.tensor([[1.0, nan, 3.0], [nan, nan, nan], [5.0, 7.0, 6.0]]))
+    assert filled.tolist() == [[1, 2, 3], [0, 0, 0], [5, 7, 6]]
+
+
+def test_a_truncated_answer_earns_no_more_than_an_empty_one_under_a_check():
+    """A check below 0 would otherwise pay for being cut off; a reward model keeps what it gave."""
+    whole = torch.tensor([True, False, False])
+    minus = lambda q, a, g: [-1.0 if x else -0.5 for x in a]
+    plus = lambda q, a, g: [1.0 if x else 0.0 for x in a]
+    wrong = lambda q, a, g: [-1.0 for x in a]
+    for check, expected in ((minus, [-1, -1, -1]), (plus, [1, 0, 0]), (wrong, [-1, -1, -1])):
+        assert rewards.score(check, ["q"] * 3, ["a"] * 3, [None] * 3, whole).tolist() == expected
+    plus.model = None                                          # as a reward model
+    assert rewards.score(plus, ["q"] * 3, ["a"] * 3, [None] * 3, whole).tolist() == [1, 1, 1]
 
 
 # ---------------------------------------------------------------- judge and reward model

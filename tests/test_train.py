@@ -404,7 +404,7 @@ def test_an_answer_that_was_cut_off_is_never_exactly_right(world, monkeypatch):
         "model": str(world / "m"), "algo": "grpo", "prompts": str(world / "p.jsonl"),
         "reward": "exact", "queries": 2, "answers": 2, "answer_tokens": 1})
     g = train.set_up(s)
-    g.reward = lambda queries, answers, golds: torch.ones(len(queries))
+    g.reward = lambda queries, answers, golds: [float(bool(a)) for a in answers]
     r = train.play(g, 0)
     stopped = torch.tensor([[c.stopped for c in group] for group in r.answer_rows])
     assert not stopped.all() and torch.equal(r.R, stopped.float())

@@ -1,0 +1,253 @@
+"""The game as a whole: what is drawn, weighed and recorded, and what the metrics say."""
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from checkpoints import random_llama, write_checkpoint
+from safetensors.torch import load_file
+from test_train import game, random_rows
+
+import game as players
+import log
+import lsp
+import rewards
+import train
+from files import HERE
+from gradient import Row, accumulate, refer
+from memory import MasterAdamW
+from model import load_model
+from sample import Completion
+from settings import resolve
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("method")
+    for name, kind in (("m", "llama3_tied"), ("r", "llama3_tied"), ("rm", "scalar_head")):
+        write_checkpoint(folder / name, kind, max_position_embeddings=8192)
+    return folder
+
+
+def settings(world, **more):
+    return resolve({"model": str(world / "m"), "reward": str(world / "rm"), "queries": 4,
+                    "answers": 3, "query_tokens": 6, "answer_tokens": 6, "judge_tokens": 3,
+                    "device": "cpu", "self_reward": "expected"} | more)[0]
+
+
+def gradient_of(g, r, step=0) -> torch.Tensor:
+    """The gradient that update() hands to the optimizer, and what it reports."""
+    optimizer, taken = MasterAdamW(g.policy, torch.float32, weight_decay=0.0), []
+    optimizer.step = lambda rate, clip: taken.append(
+        torch.cat([p.grad.flatten() for p in optimizer.params])) or 1.0
+    m = train.update(g, optimizer, r, step)
+    g.policy.zero_grad()
+    return taken[0], m
+
+
+# ---------------------------------------------------------------- what is weighed
+
+def test_advantages_are_those_of_the_recorded_rewards(world):
+    """Eq. 3 from the records alone: R scaled, R_Q added once for the Solver and never to V."""
+    g = players.set_up(settings(world, reward_scale=2.0))
+    r = train.play(g, 0)
+    said = list(log.samples(r, 1))
+    R = 2 * torch.tensor([[a["reward"] for a in line["answers"]] for line in said])
+    R_Q = torch.tensor([[a["quality"] for a in line["answers"]] for line in said])
+    A_sol = R + R_Q - (R + R_Q).mean(1, keepdim=True)
+    S = R_Q.mean(1) - R.mean(1)
+    assert torch.allclose(r.A_sol, A_sol, atol=1e-5) and R_Q.std() > 0.01
+    assert torch.allclose(r.A_ch, S - S.mean(), atol=1e-5)
+
+
+def test_alpha_ch_weighs_the_challengers_gradient_and_the_logged_loss(world):
+    taken, losses = {}, {}
+    for alpha in (0.0, 1.0, 3.0):
+        g = players.set_up(settings(world, alpha_ch=alpha, reference=str(world / "r")))
+        for p in g.reference.parameters():
+            p.data += 0.01                       # a KL of 0 would have no gradient
+        taken[alpha], m = gradient_of(g, train.play(g, 0))
+        losses[alpha] = m["loss"]
+    one, three = taken[1.0] - taken[0.0], taken[3.0] - taken[0.0]
+    assert one.norm() > 1e-3 and (three - 3 * one).norm() / one.norm() < 1e-3
+    assert abs(losses[1.0] - losses[0.0]) > 1e-6
+    assert losses[3.0] - losses[0.0] == pytest.approx(3 * (losses[1.0] - losses[0.0]), rel=1e-3)
+
+
+def test_a_reference_that_is_the_policy_has_no_kl_at_any_temperature(llama):
+    g, rows = game(llama, copy.deepcopy(llama), beta=0.3, temperature=0.6), random_rows()
+    refer(g, rows)
+    assert accumulate(g, rows, 1.0)["kl"] < 1e-12
+
+
+@pytest.mark.parametrize("kl", lsp.KL_ESTIMATORS)
+def test_beta_and_kl_reach_the_gradient(llama, kl):
+    """accumulate() against the loss written out for whole rows, advantages zero."""
+    reference, rows = random_llama("llama3_tied", dtype=torch.float64), random_rows(3)
+    for p in reference.parameters():
+        p.data += 0.01
+    for row in rows:
+        row.advantage = 0.0
+    g = game(llama, reference, beta=0.4, kl=kl, temperature=0.7)
+    refer(g, rows)
+    accumulate(g, rows, 1.0)
+    ours = torch.cat([p.grad.flatten() for p in llama.parameters()])
+    llama.zero_grad()
+    total = 0.0
+    for row in rows:
+        ids = torch.tensor([row.prompt + row.completion.tokens])
+        logp, ref = ((model.logits(model(ids))[0, len(row.prompt) - 1:-1] / 0.7).log_softmax(-1)
+                     .gather(-1, torch.tensor(row.completion.tokens)[:, None]).T
+                     for model in (llama, reference))
+        total += 0.4 * lsp.kl_estimate(logp, ref.detach(), torch.ones_like(logp), kl).sum() / 3
+    total.backward()
+    plain = torch.cat([p.grad.flatten() for p in llama.parameters()])
+    assert (ours - plain).norm() / plain.norm() < 1e-6
+
+
+def test_truncated_rows_leave_the_kl_too(llama):
+    reference = random_llama("llama3_tied", dtype=torch.float64)
+    for p in reference.parameters():
+        p.data += 0.01
+
+    def gradient(rows, weight=1.0, **given):
+        llama.zero_grad()
+        g = game(llama, reference, beta=0.3, **given)
+        refer(g, rows)
+        accumulate(g, rows, weight)
+        return torch.cat([p.grad.reshape(-1) for p in llama.parameters()])
+    rows = random_rows(4)
+    rows[1].completion.stopped = False
+    without = gradient([rows[0], rows[2], rows[3]], 3 / 4)
+    assert torch.allclose(gradient(rows, mask_truncated=True), without, rtol=1e-5, atol=1e-9)
+
+
+def test_weight_decay_and_gradient_clipping_reach_the_optimizer(tmp_path, monkeypatch):
+    """One step of the embedded game: decay takes off rate * decay * weight; a gradient clipped far
+    below AdamW's epsilon moves next to nothing."""
+    ends = {}
+    for name, flags in {"plain": [], "decay": ["--weight-decay", "0.5"],
+                        "clip": ["--grad-clip", "1e-12"]}.items():
+        monkeypatch.setattr(sys, "argv", [
+            "train.py", "--algo", "grpo", "--prompts", "balanced", "--steps", "1", "--queries", "8",
+            "--learning-rate", "1e-3", "--eval-every", "9", "--out", str(tmp_path / name), *flags])
+        train.main()
+        ends[name] = load_file(tmp_path / name / "checkpoint/model.safetensors")
+    start = dict(load_model(HERE / "tiny").named_parameters())
+    for name, weight in start.items():
+        taken = ends["plain"][name] - ends["decay"][name]
+        assert torch.allclose(taken, 1e-3 * 0.5 * weight, atol=1e-6), name
+    moved = {name: max((end[n] - start[n]).abs().max().item() for n in start)
+             for name, end in ends.items()}
+    assert moved["plain"] > 9e-4 and moved["clip"] < 1e-5
+
+
+# ---------------------------------------------------------------- what is drawn
+
+def test_each_role_and_each_step_draws_from_a_stream_of_its_own(world, monkeypatch):
+    drawn = []
+
+    def note(module):
+        real = module.sample
+
+        def noting(model, prompts, **options):
+            if options["generator"] is not None:
+                state = options["generator"].get_state()
+                drawn.append(torch.randint(2**62, (1,), generator=options["generator"]).item())
+                options["generator"].set_state(state)
+            return real(model, prompts, **options)
+        monkeypatch.setattr(module, "sample", noting)
+    note(train)
+    note(rewards)
+    g = players.set_up(settings(world, self_reward="generate", judge_temperature=1.0))
+    for step in range(2):
+        train.play(g, step)
+    assert len(drawn) == len(set(drawn)) == 6
+
+
+def test_the_temperatures_are_those_of_the_settings(world, monkeypatch):
+    """Queries and answers: the sampler's log-probs are the trainer's at that temperature."""
+    asked = []
+    real = rewards.sample
+    monkeypatch.setattr(rewards, "sample", lambda *args, **options: (
+        asked.append(options["temperature"]), real(*args, **options))[1])
+    g = players.set_up(settings(world, temperature=0.4, self_reward="generate",
+                                judge_temperature=0.8))
+    r = train.play(g, 0)
+    _, m = gradient_of(g, r)
+    assert m["logp_gap"] < 1e-4 and asked == [0.8]
+
+
+def test_the_judge_is_the_reference_by_default(world):
+    g = players.set_up(settings(world, reference=str(world / "r")))
+    assert g.judge is g.reference
+    g = players.set_up(settings(world, judge=str(world / "r")))
+    assert g.judge is not g.reference
+
+
+# ---------------------------------------------------------------- what is recorded
+
+def test_an_update_can_be_recomputed_from_the_records(world):
+    """Token ids, advantages and the starting models give the gradient that was taken."""
+    g = players.set_up(settings(world))
+    for p in g.reference.parameters():
+        p.data += 0.01
+    r = train.play(g, 0)
+    taken, _ = gradient_of(g, r)
+    said = json.loads(json.dumps(list(log.samples(r, 1))))
+    row = lambda prompt, tokens, A: Row(prompt, Completion(tokens, [0.0] * len(tokens), True), A)
+    solver = [row(line["prompt_tokens"], a["tokens"], a["advantage"])
+              for line in said for a in line["answers"]]
+    challenger = [row(g.challenger_prompt, line["query_tokens"], line["challenger_advantage"])
+                  for line in said]
+    for rows in (solver, challenger):
+        refer(g, rows)
+        accumulate(g, rows, 1.0)
+    again = torch.cat([p.grad.flatten() for p in g.policy.parameters()])
+    assert (again - taken).norm() / taken.norm() < 1e-5
+
+
+# ---------------------------------------------------------------- what the metrics say
+
+def test_the_balance_of_the_rewards_on_hand_worked_numbers():
+    R = torch.tensor([[1.0, 0.0], [1.0, 1.0]])                   # V = .5, 1
+    R_Q = torch.tensor([[2.0, 0.0], [6.0, 6.0]])                 # V_Q = 1, 6
+    found = log.balance(R, R_Q)
+    assert found["quality_value_spread"] == pytest.approx(2.5)
+    assert found["reward_spread"] == pytest.approx((2 * 0.5**2 / 4) ** 0.5)
+    assert found["quality_spread"] == pytest.approx((2 * 1.0 / 4) ** 0.5)
+    pairs = torch.tensor([[1.0, 0.0, 1.0, 1.0], [2.0, 0.0, 6.0, 6.0]])
+    assert found["reward_quality_correlation"] == pytest.approx(torch.corrcoef(pairs)[0, 1].item())
+    assert log.balance(R, torch.full_like(R, 3.0))["reward_quality_correlation"] is None
+
+
+def test_overlap_is_the_fraction_of_3_grams_that_others_hold():
+    queries = ["What is 37 + 48?", "What is 37 + 21?", "Say it"]
+    # Of the first's three 3-grams two stand in the second, and the other way round.
+    assert log.overlap(queries) == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert log.overlap(queries, ["is 37 + 48?"]) == pytest.approx((2 / 3 + 1 / 3 + 0) / 3)
+    assert log.overlap(["a b c"]) is None and log.overlap(queries, []) is None
+    assert log.overlap(["a b c", "a b c"]) == 1.0
+
+
+def test_recent_queries_are_those_of_the_last_ten_steps(tmp_path):
+    lines = [{"step": step, "query": f"{step} {n}"} for step in range(1, 14) for n in range(2)]
+    file = tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(log.recent_queries(file)) == [[f"{s} 0", f"{s} 1"] for s in range(4, 14)]
+    assert not log.recent_queries(tmp_path / "none.jsonl")
+
+
+def test_equal_qualities_are_said_in_the_step_line_and_watch_names_a_scale(world):
+    g = players.set_up(settings(world))
+    r = train.play(g, 0)
+    m = {"step": 1, "seconds": 1.0, "kl_solver": None, "kl_challenger": None, "logp_gap": None,
+         "skipped": False, "faults": []}
+    said = lambda r: log.step_line(g.settings, m | log.measure(g.settings, r))
+    assert "all R_Q equal" not in said(r)
+    r.R, r.R_Q = torch.tensor([[0.0, 1.0, 1.0]] * 4), torch.tensor([[0.0, 4.0, 4.0]] * 4)
+    assert "spread of R 0.47, of R_Q 1.89 (Solver's, within groups): --reward-scale 4 would" in (
+        log.transcript(g.settings, r))
+    r.R_Q = torch.full_like(r.R, 5.0)
+    assert "all R_Q equal: no self-reward in this step" in said(r)
