@@ -22,6 +22,16 @@ def fill(prompt: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), prompt)
 
 
+def without_tags(text: str, prompt: str) -> str:
+    """A text that a judge is shown, without what could pass for a part of the judge's prompt or of
+    the reply that it asks for: of tags that the prompt uses (and <Score>, <Calculation>) the "<"
+    becomes "(", and "Score:" becomes "Score -" where the prompt asks for a line "Score: 1"."""
+    names = {"score", "calculation", *re.findall(r"</?(\w+)", prompt.lower())}
+    text = re.sub(rf"<(?=\s*+/?\s*+(?:{'|'.join(sorted(names))}))", "(", text, flags=re.IGNORECASE)
+    words = "|".join(re.findall(r"^(\w+):", prompt, re.MULTILINE))
+    return re.sub(rf"\b({words})(\s*+):", r"\1\2 -", text, flags=re.IGNORECASE) if words else text
+
+
 def fit(tokenizer: "Tokenizer", rows: list[tuple[str, ...]], messages, room: int, *,
         generation_prompt: bool = True) -> list[tuple[list[int], list[str], bool]]:
     """For each row of texts: chat ids of messages(*texts), at most `room`, the texts in them, and

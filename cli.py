@@ -27,6 +27,25 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
+class Unfailing:
+    """A stream for printing that never ends a run: once it cannot be written (a full disk, a reader
+    such as `| head` that has left), what is printed goes nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+    def flush(self):
+        """write() has done it."""
+
+
 def run_script(main):
     """Call main(); bad input and a stopped run end in one line on standard error and their code."""
     try:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from chat import SURROGATE, Tokenizer
-from files import InputError
+from files import InputError, check_regular
 from rewards import last_number
 
 FIELDS = ("instruction", "question", "problem", "prompt")
@@ -45,7 +45,7 @@ def check_data(path: str, data: list, tokenizer: Tokenizer, room: int):
     path: the file that `data` came from, or a name for what came from none.
     """
     def refuse(n, reason):
-        where = f", {read_entries(path)[n][0]}" if Path(path).is_file() else ""   # not a pipe
+        where = f", {read_entries(path)[n][0]}" if Path(path).is_file() else ""
         raise InputError(f"{path}{where}: {reason}")
 
     for n, (query, gold) in enumerate(data):
@@ -72,6 +72,7 @@ def opening(tokenizer: Tokenizer, name: str, prompt: str, new: int, context: int
 
 def read_entries(path: str) -> list[tuple[str, object]]:
     """What a JSON list or JSON lines hold, each with its place ("line 3", "entry 3")."""
+    check_regular(Path(path))
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -92,7 +93,8 @@ def read_entries(path: str) -> list[tuple[str, object]]:
     return entries
 
 
-CHALLENGE, SOLVE, JUDGE, ORDER, EVALUATE, EPISODE = range(6)     # what random numbers are drawn for
+# What random numbers are drawn for.
+CHALLENGE, SOLVE, JUDGE, ORDER, EVALUATE, EPISODE, NONCE = range(7)
 
 
 def generator(seed: int, step: int, purpose: int) -> torch.Generator:

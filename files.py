@@ -56,8 +56,15 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def check_regular(path: Path):
+    """InputError for a pipe, a device or a folder: a file is read whole, and more than once."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: not a regular file; save what it holds to one, and give that")
+
+
 def read_small(path: Path) -> str:
     """The text of a file that is small by its nature; a leading byte order mark is dropped."""
+    check_regular(path)
     try:
         if path.stat().st_size > SMALL:
             raise InputError(f"{path}: larger than {SMALL >> 20} MB")

@@ -10,6 +10,7 @@ numbers, without sympy. Sums in another order are therefore different answers.
 """
 import contextlib
 import functools
+import json
 import os
 import re
 import signal
@@ -138,8 +139,10 @@ SANDBOX = str(Path(__file__).with_name("sandbox.py"))
 FENCE = re.compile(r"^([ \t]*+)(`{3,}+|~{3,}+)[^\n`]*+\n(.*?)(?:^[ \t]*+\2|\Z)",
                    re.DOTALL | re.MULTILINE)
 DEFINES = re.compile(r"^(?:async def|def|class) +(\w+)", re.MULTILINE)
+IMPORT = re.compile(r"^(?:import|from) .*", re.MULTILINE)
 FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
-PROBE = "import collections, decimal, heapq, math, re, typing"
+PROBE = {"answer": "import collections, decimal, heapq, math, re, typing\nf = lambda: 1",
+         "helpers": "", "tests": "assert f() == 1", "names": ["f"]}
 ISOLATION = {
     "namespaces": "programs run in Linux namespaces (process, mount, network, IPC, and {user}): "
                   "without network and home folder, with read-only libraries and limits",
@@ -166,23 +169,31 @@ def code_of(answer: str, wanted: str = "") -> str:
     return (wanted or defining or blocks or [answer])[-1]
 
 
-def humaneval_program(problem: dict, answer: str) -> str:
+def humaneval_program(problem: dict, answer: str) -> dict:
     """A HumanEval problem's start, an answer's code and the problem's tests, to be run.
 
     The start stands there even when the answer repeats it: it has the imports and helper functions.
     It ends inside the function: an answer with only the rest of the function goes on from there.
     """
-    code = code_of(answer, problem["entry_point"])
+    code, entry = code_of(answer, problem["entry_point"]), problem["entry_point"]
     future = "".join(FUTURE.findall(code))                   # has to be a program's first line
-    return (f"{future}{problem['prompt']}{FUTURE.sub('', code)}\n\n{problem['test']}\n"
-            f"check({problem['entry_point']})\n")
+    return {"answer": f"{future}{problem['prompt']}{FUTURE.sub('', code)}\n",
+            "helpers": problem["prompt"], "names": [entry],
+            "tests": f"{problem['test']}\ncheck({entry})\n"}
 
 
-def mbpp_program(problem: dict, answer: str) -> str:
-    """An answer's code and an MBPP problem's tests (sanitised or full data set), to be run."""
+def mbpp_program(problem: dict, answer: str) -> dict:
+    """An answer's code and an MBPP problem's tests (sanitised or full data set), to be run.
+
+    The tests may call what the reference solution defines; without one, what the answer does.
+    """
     tests = "\n".join(problem["test_list"])
-    setup = [*problem.get("test_imports", []), problem.get("test_setup_code", "")]
-    return "\n".join([code_of(answer, tests), *setup, tests]) + "\n"
+    code = code_of(answer, tests)
+    setup = "\n".join([*problem.get("test_imports", []), problem.get("test_setup_code", "")])
+    reference = problem.get("code") or code
+    defined, imports = DEFINES.findall(reference), "\n".join(IMPORT.findall(reference))
+    return {"answer": f"{code}\n{setup}\n", "helpers": f"{imports}\n{setup}\n", "tests": tests,
+            "names": sorted(set(defined) & set(re.findall(r"\w+", tests)))}
 
 
 @functools.cache
@@ -207,24 +218,26 @@ def isolation() -> str:
     return line
 
 
-def run_program(program: str, *, seconds: float = 10) -> tuple[bool, str]:
+def run_program(program: dict | str, *, seconds: float = 10) -> tuple[bool, str]:
     """Run a program with its tests in a contained child; whether it passed, and why or why not.
 
     seconds: of CPU time, rounded up, and three times as many of wall time, so that other work on
     the machine does not decide. The reason is one of sandbox.REASONS: passed; failed (an
     assertion); error (any other exception, syntax included); memory; timeout; ended (before its
     last line: an exit, a signal, a crash); sandbox (it could not be started: nothing was measured).
-    Any string is a program.
+    program: what humaneval_program or mbpp_program made; any string is one without tests.
     """
     reason = run_contained(program, containment(), seconds)
     return reason == "passed", reason
 
 
-def run_contained(program: str, kind: str, seconds: float, patience: float = 3) -> str:
+def run_contained(program: dict | str, kind: str, seconds: float, patience: float = 3) -> str:
     """One program in sandbox.py under one kind of containment: the reason it gives.
 
     seconds: of CPU time; patience: seconds of wall time to each of them.
     """
+    if isinstance(program, str):
+        program = {"answer": program, "helpers": "", "tests": "", "names": []}
     wall = patience * seconds
     scratch = tempfile.mkdtemp(prefix="program-")
     command = [sys.executable, "-s", "-S", SANDBOX, kind, str(seconds), str(wall)]
@@ -233,7 +246,7 @@ def run_contained(program: str, kind: str, seconds: float, patience: float = 3) 
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL)
     try:
-        word, _ = keeper.communicate(program.encode(errors="replace"), timeout=wall + 20)
+        word, _ = keeper.communicate(json.dumps(program).encode(), timeout=wall + 20)
         return word.decode().strip() or "ended"
     except subprocess.TimeoutExpired:                        # somebody stopped the keeper
         return "timeout"

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chat import Tokenizer, fill
+from chat import Tokenizer, fill, without_tags
 from data import read_entries
 from files import InputError
 from model import Llama
@@ -115,7 +115,8 @@ def verdict(pair: dict, preference: float | None, **more) -> dict:
 def asked(prompt: str, pair: dict, a_first: bool) -> str:
     """The judge's question."""
     first, second = (pair["a"], pair["b"]) if a_first else (pair["b"], pair["a"])
-    return fill(prompt, instruction=pair["query"], first=first, second=second)
+    texts = {"instruction": pair["query"], "first": first, "second": second}
+    return fill(prompt, **{name: without_tags(text, prompt) for name, text in texts.items()})
 
 
 # ---------------------------------------------------------------- judges on this machine

@@ -92,7 +92,7 @@ def measure(s, r, recent=()) -> dict:
         "unread": share([reason is not None for reason in reasons]),
         "parse_failures": dict(failures) if reasons else None,
         "shortened": r.shortened,
-        "judge_mass": share(mass),
+        "judge_mass": share(mass), "judge_tags": share([j["tags"] for j in judged if "tags" in j]),
     } | predictions(r)
 
 
@@ -140,6 +140,8 @@ def step_line(s, m: dict) -> str:
         line += "  " + fault_text(m["faults"]) + ": update skipped"
     if m["quality"] is not None and not m["quality_value_spread"] and not m["quality_spread"]:
         line += "  all R_Q equal: no self-reward in this step"
+    if m["judge_tags"]:
+        line += f"  judge's tags in {m['judge_tags']:.2f} of the pairs"
     if unread is not None and unread > 0.5:
         line += f"  {'verdicts' if s.verdict else 'self-reward'} mostly unread"
     return line

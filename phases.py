@@ -8,7 +8,7 @@ import re
 import signal
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -42,8 +42,9 @@ class StopRequest:
         for n in self.before:
             signal.signal(n, signal.SIG_DFL)
         if ranks.rank() == 0:
-            os.write(2, f"\n{signal.Signals(number).name}: finishing this phase, then saving "
-                        "(again: stop at once)\n".encode())  # print() may be what it interrupted
+            with suppress(OSError):              # not print(), which may be what it interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: finishing this phase, then saving "
+                            "(again: stop at once)\n".encode())
 
     def heed(self):
         if self.signal:

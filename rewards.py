@@ -25,15 +25,15 @@ from torch import Tensor
 
 import ranks
 from cache import shared_forward
-from chat import Tokenizer, fill, fit
+from chat import Tokenizer, fill, fit, without_tags
 from files import InputError
 from model import Llama, load_model
 from sample import sample, take_batch, text_of
 from tiny import world as tiny_world
 
 READINGS = ("generate", "expected")
-REASONS = ("no_tag", "unclosed", "not_a_score", "out_of_range", "conflict", "bad_calculation",
-           "truncated")
+REASONS = ("no_tag", "unclosed", "not_last", "not_a_score", "out_of_range", "conflict",
+           "bad_calculation", "truncated")
 VERDICT_REASONS = ("no_score", "not_first", "not_a_score", "out_of_range", "conflict", "truncated")
 
 
@@ -123,8 +123,8 @@ def score(reward, queries: list[str], answers: list[str], golds: list, stopped: 
 
 @dataclass(frozen=True)
 class Scale:
-    """What a judge is asked for: the two texts that its prompt shows, how its score is written,
-    the highest one (the lowest is 0), and who reads it."""
+    """What a judge is asked for: the two texts that its prompt shows, how its score begins (with a
+    place for the nonce), the highest one (the lowest is 0), and who reads it."""
     places: tuple[str, str]
     opening: str
     highest: int
@@ -134,12 +134,14 @@ class Scale:
 def ask_judge(judge: Llama, tokenizer: Tokenizer, firsts: list[str], seconds: list[str], *,
               scale: Scale, prompt: str, reading: str = "generate", temperature: float = 0.0,
               max_new_tokens: int = 256, generator: torch.Generator | None = None,
-              batch_tokens: int = 65536) -> tuple[Tensor, list[dict]]:
+              batch_tokens: int = 65536, nonce: str = "") -> tuple[Tensor, list[dict]]:
     """The judge's score of each pair of texts: (M,) fp32, NaN where unread,
     and a record a pair for the logs. self_reward() and verdicts() are this with their own scale.
 
-    prompt: the judge's instructions, with the scale's two places to fill.
-    generate: the judge writes, the scale's parser reads;
+    prompt: the judge's instructions, with the scale's two places to fill, and perhaps {nonce}: a
+    number of this step that no text can know, which the tags of the reply then carry (<Score-7>).
+    Texts are shown without the judge's own tags (chat.without_tags); tags: whether there were some.
+    generate: the judge writes, the scale's parser reads what ended by itself;
     record: judgement (text), reason (None or why unread).
     expected: the judge's turn is started with the scale's opening and the score is the expectation
     over the next token among the scores, renormalised: one forward pass, nothing to parse; record:
@@ -148,11 +150,16 @@ def ask_judge(judge: Llama, tokenizer: Tokenizer, firsts: list[str], seconds: li
     A pair that the judge's context does not hold is judged without the end of its second text
     (chat.fit); both records say so: shortened. Both name the tokens read and written: judge_tokens.
     """
-    spelt = [tokenizer.encode(f"{scale.opening}{k}") for k in range(scale.highest + 1)]
+    prompt, nonce = fill(prompt, nonce=nonce), f"-{nonce}" if "{nonce}" in prompt else ""
+    spelt = [tokenizer.encode(scale.opening.format(nonce) + str(k))
+             for k in range(scale.highest + 1)]
     start = commonprefix(spelt)
     room = judge.config.max_position_embeddings - (
         len(start) if reading == "expected" else max_new_tokens)
-    shown = lambda *pair: fill(prompt, **dict(zip(scale.places, pair)))
+    shown = lambda *pair: fill(prompt, **{
+        place: without_tags(text, prompt) for place, text in zip(scale.places, pair)})
+    tags = [any(without_tags(text, prompt) != text for text in pair)
+            for pair in zip(firsts, seconds)]
     turn = lambda *pair: [{"role": "user", "content": shown(*pair)}]
     fitted = fit(tokenizer, list(zip(firsts, seconds)), turn, room)
     prompts, shortened = [ids for ids, _, _ in fitted], [cut for _, _, cut in fitted]
@@ -165,18 +172,18 @@ def ask_judge(judge: Llama, tokenizer: Tokenizer, firsts: list[str], seconds: li
             p = judge.logits(hidden).softmax(-1)[:, [ids[-1] for ids in spelt]].cpu()   # (M, S)
         mass = p.sum(-1)                                                     # (M,)
         scores = (p * torch.arange(len(spelt)).float()).sum(-1) / mass               # (M,)
-        return scores, [{"mass": m, "shortened": cut, "judge_tokens": [len(ids), 0]}
+        return scores, [{"mass": m, "shortened": cut, "tags": held, "judge_tokens": [len(ids), 0]}
                         | ({"reason": "not_finite"} if unread else {})
-                        for m, ids, cut, unread in zip(mass.tolist(), prompts, shortened,
-                                                       scores.isnan().tolist())]
+                        for m, ids, cut, held, unread in zip(mass.tolist(), prompts, shortened,
+                                                             tags, scores.isnan().tolist())]
     written = sample(judge, prompts, max_new_tokens=max_new_tokens, temperature=temperature,
                      stop_ids=tokenizer.stop_ids, generator=generator, batch_tokens=batch_tokens)
     scores, records = [], []
-    for (judgement,), ids, cut in zip(written, prompts, shortened):
+    for (judgement,), ids, cut, held in zip(written, prompts, shortened, tags):
         text = text_of(tokenizer, judgement)
-        score, reason = scale.parse(text, stopped=judgement.stopped)
+        score, reason = scale.parse(text, stopped=judgement.stopped, nonce=nonce)
         scores.append(float("nan") if score is None else score)
-        records.append({"judgement": text, "reason": reason, "shortened": cut,
+        records.append({"judgement": text, "reason": reason, "shortened": cut, "tags": held,
                         "judge_tokens": [len(ids), len(judgement.tokens)]})
     return torch.tensor(scores, dtype=torch.float32), records
 
@@ -193,25 +200,33 @@ def fill_unparsed(scores: Tensor) -> Tensor:
 
 
 # Possessive quantifiers (*+) never back up: a megabyte of "<   <   <" is read in linear time.
-TAG = re.compile(r"<[ \t\r\n]*+(/?)[ \t\r\n]*+(score|calculation)[ \t\r\n]*+>",
+TAG = re.compile(r"<[ \t\r\n]*+(/?)[ \t\r\n]*+(score|calculation)(-[0-9]++)?[ \t\r\n]*+>",
                  re.IGNORECASE | re.ASCII)
 SUM = re.compile(r"([01](?:[ \t]*+\+[ \t]*+[01]){6})[ \t]*+(?:=[ \t]*+([0-7]))?")
 
 
-def parse_self_reward(text: str, *, stopped: bool = True) -> tuple[int | None, str | None]:
+def parse_self_reward(text: str, *, stopped: bool = True,
+                      nonce: str = "") -> tuple[int | None, str | None]:
     """A judgement's score 0..7 and None, or None and the reason, one of REASONS.
     Total: any string, linear time.
 
     Valid is a whole <Score>k</Score>, k one ASCII digit 0..7, the tags in any case, blanks allowed;
     several must agree; a <Calculation>, where there is one, holds seven terms of 0 or 1 that sum to
     k. Nothing is guessed: a judge that does not keep to the form is counted, not repaired.
-    stopped=False: the token limit cut the judgement off.
+    stopped=False: the token limit cut the judgement off, and the score that it would have come to
+    is not known. nonce: what the tags must carry behind their name ("-7": <Score-7>); others are
+    text. After the last score stands nothing: what was quoted on the way is not the verdict.
     """
+    if not stopped:
+        return None, "truncated"
     inside = {"score": [], "calculation": []}
     broken = set()                                                 # kinds whose tags do not pair up
     opened = None
+    last = 0                                                       # where the last tag ends
     for tag in TAG.finditer(text):
-        closing, kind = bool(tag[1]), tag[2].lower()
+        if (tag[3] or "") != nonce:
+            continue
+        closing, kind, last = bool(tag[1]), tag[2].lower(), tag.end()
         if not closing:
             if opened:
                 broken.add(opened[0])
@@ -226,7 +241,9 @@ def parse_self_reward(text: str, *, stopped: bool = True) -> tuple[int | None, s
         broken.add(opened[0])
 
     if "score" in broken or not inside["score"]:
-        return None, "truncated" if not stopped else "unclosed" if "score" in broken else "no_tag"
+        return None, "unclosed" if "score" in broken else "no_tag"
+    if text[last:].strip():
+        return None, "not_last"
     for value in inside["score"]:
         if not re.fullmatch(r"[0-7]", value):
             return None, ("out_of_range" if re.fullmatch(r"-[0-9]+|[89]|[1-9][0-9]+", value)
@@ -243,24 +260,27 @@ def parse_self_reward(text: str, *, stopped: bool = True) -> tuple[int | None, s
     return score, None
 
 
-LINE = re.compile(r"^[ \t]*+Score[ \t]*+:(.*+)$", re.MULTILINE | re.ASCII)
+LINE = r"^[ \t]*+Score{}[ \t]*+:(.*+)$"
 
 
-def parse_verdict(text: str, *, stopped: bool = True) -> tuple[int | None, str | None]:
+def parse_verdict(text: str, *, stopped: bool = True,
+                  nonce: str = "") -> tuple[int | None, str | None]:
     """A judgement's verdict 0 or 1 and None, or None and the reason, one of VERDICT_REASONS.
     Total: any string, linear time.
 
     Valid is a judgement whose first line is "Score: 0" or "Score: 1" and nothing else (blanks
     allowed); below it may stand words, but no other score. First, because a judge that quotes what
     it was shown before it decides could be made to quote a score.
-    stopped=False: the token limit cut the judgement off, and what its last line would have become
-    is not known.
+    stopped=False: the token limit cut the judgement off. nonce: what must stand behind "Score"
+    ("-7": "Score-7: 1").
     """
-    text = text.strip(" \t\r\n") if stopped else text.lstrip(" \t\r\n").rpartition("\n")[0]
-    values = [value.strip(" \t\r") for value in LINE.findall(text)]
+    if not stopped:
+        return None, "truncated"
+    text, line = text.strip(" \t\r\n"), re.compile(LINE.format(nonce), re.MULTILINE | re.ASCII)
+    values = [value.strip(" \t\r") for value in line.findall(text)]
     if not values:
-        return None, "no_score" if stopped else "truncated"
-    if not LINE.match(text):
+        return None, "no_score"
+    if not line.match(text):
         return None, "not_first"
     for value in values:
         if not re.fullmatch(r"[01]", value):
@@ -269,8 +289,8 @@ def parse_verdict(text: str, *, stopped: bool = True) -> tuple[int | None, str |
     return (int(values[0]), None) if len(set(values)) == 1 else (None, "conflict")
 
 
-SELF_REWARD = Scale(("instruction", "response"), "<Score>", 7, parse_self_reward)
-VERDICT = Scale(("reference", "prediction"), "Score: ", 1, parse_verdict)
+SELF_REWARD = Scale(("instruction", "response"), "<Score{}>", 7, parse_self_reward)
+VERDICT = Scale(("reference", "prediction"), "Score{}: ", 1, parse_verdict)
 self_reward = partial(ask_judge, scale=SELF_REWARD)        # R_Q of (queries, answers)
 verdicts = partial(ask_judge, scale=VERDICT)               # of (references, predictions)
 

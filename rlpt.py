@@ -166,6 +166,7 @@ class Verdict:
     least: int = 0
     world: ModuleType | None = None         # knows what is right itself: nobody is asked
     generator: torch.Generator | None = None
+    nonce: str = ""
     records: list[dict] = ()
     shortened: int = 0
 
@@ -183,7 +184,7 @@ class Verdict:
                 self.model, self.tokenizer, *map(list, zip(*number)), prompt=self.prompt,
                 reading=self.reading, temperature=self.temperature,
                 max_new_tokens=self.max_new_tokens, generator=self.generator,
-                batch_tokens=self.batch_tokens)
+                batch_tokens=self.batch_tokens, nonce=self.nonce)
         self.shortened = sum(record["shortened"] for record in judged)
         R, self.records = torch.zeros(len(answers)), []
         for m, (gold, (prediction, failure)) in enumerate(zip(golds, extracted)):

@@ -11,6 +11,7 @@ prefill, rows that have finished leave the batch, on a GPU a step is one capture
 completion has a random stream of its own: what it says does not depend on its company.
 Shapes: B rows (one per completion) still in the batch, V vocabulary, b tokens of a block.
 """
+import math
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -92,6 +93,9 @@ def sample(model: Llama, prompts: list[list[int]], *, num_samples: int = 1,
             logp[rows[inside], step] = token_logp.to(logp.dtype)
     done = []
     tokens, logp = tokens.tolist(), logp.tolist()
+    if any(math.isnan(x) for i in mine for x in logp[i]):
+        raise InputError("the model's logits are not finite: its weights are broken, or training "
+                         "has diverged (a lower --learning-rate may help)")
     for i in mine:
         said, likely, limit = tokens[i], logp[i], limits[i]
         end = next((t + 1 for t in range(limit) if said[t] in stop_ids), limit)
@@ -240,12 +244,14 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
         # probability.
         below = 1 - 2**-50
         aim = (uniform[:, None] * ends[:, -1:]).minimum(ends[:, -1:] * below)        # (B, 1)
+        # Clamped, since NaN would point beyond the end, which on a GPU ends the process.
         block = torch.searchsorted(ends, aim, right=True)                    # (B, 1)
+        block = block.clamp(max=ends.shape[1] - 1)
         ends_in = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)
         share = 1 - (ends.gather(1, block) - aim) / sums.gather(1, block)    # (B, 1) of the block
         aim_in = ends_in[:, -1:] * share.clamp(0, below)                     # (B, 1)
         token = block * BLOCK + torch.searchsorted(ends_in, aim_in, right=True)      # (B, 1)
-        token = token.to(p.device)
+        token = token.clamp(max=p.shape[1] - 1).to(p.device)
     return token[:, 0], p.gather(-1, token)[:, 0].log()
 
 

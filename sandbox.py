@@ -1,9 +1,15 @@
-"""The child that grade.run_program starts: contain one generated program, run it, say how it ended.
+"""The child that grade.run_program starts: contain one program, test it, say how it ended.
 
-    python -s -S sandbox.py CONTAINMENT CPU WALL < program.py      # seconds; in an empty folder
+    python -s -S sandbox.py CONTAINMENT CPU WALL < program.json    # seconds; in an empty folder
 
-This process, the keeper, is outside of the containment; the program runs in a child of it. What
-the keeper prints is one word of REASONS. The containments, best first (grade.containment chooses):
+Three processes. The keeper (this one) is outside of the containment and prints one word of REASONS.
+In two contained children of it, which share nothing but two pipes, run the answer and the tests:
+the tests call a stand-in, which sends its arguments, as plain values, to the answer's process and
+returns what comes back, as plain values. So whatever the answer redefines, patches, traces or
+claims, the tests see numbers, texts and containers. program.json: answer; helpers and tests, which
+the tests' process runs; names, which of the answer's functions and classes the tests may call.
+
+The containments, best first (grade.containment chooses):
 
     namespaces  Linux: pid, mount, network and IPC namespaces of its own, a user namespace too (as
                 root a user id that nobody else has). The root folder is a small tmpfs with the
@@ -15,14 +21,15 @@ the keeper prints is one word of REASONS. The containments, best first (grade.co
 In each: limits on wall and CPU time, memory, processes, file size and open files; a session of
 its own; output thrown away; no environment, no input, no inherited file.
 
-To have passed, the program's process has to send back a random token, which run_tests does after
-the program's last line: exit codes, printed words and patched functions claim nothing. It does
-not stop a program that looks for the token in the interpreter's frames, skips assertions with a
-trace function, or returns objects that equal everything. Nor does any of this stop an attack on
-the kernel, and memory is limited for each process, not for all of them together.
+What is still possible: a program can recognise the arguments of known tests and return what they
+expect; under "user" and "limits" it can attack the tests' process as its own user. Memory is
+limited for each process and, as root with namespaces, for System V segments, not for all together.
+None of this stops an attack on the kernel.
 """
 import contextlib
 import ctypes
+import fcntl
+import json
 import math
 import os
 import resource
@@ -46,7 +53,7 @@ NEW_NS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
 READ_ONLY, NO_SUID, NO_DEVICES, REMOUNT, BIND, RECURSIVE, PRIVATE = (
     1, 2, 4, 32, 4096, 16384, 1 << 18)
 DETACH = 2
-PARENT_DEATH_SIGNAL, SUBREAPER, NO_NEW_PRIVILEGES = 1, 36, 38
+PARENT_DEATH_SIGNAL, DUMPABLE, SUBREAPER, NO_NEW_PRIVILEGES = 1, 4, 36, 38
 CAPABILITY_VERSION = 0x20080522
 
 
@@ -68,6 +75,9 @@ def enter_namespaces():
                            ("gid_map", f"{group} {group} 1")):
             with open(f"/proc/self/{file}", "w") as out:
                 out.write(line)
+    else:
+        with contextlib.suppress(OSError), open("/proc/sys/kernel/shmall", "w") as limit:
+            limit.write(str(MEMORY >> 12))           # pages of System V shared memory, of them all
 
 
 def hide_files(scratch: str):
@@ -132,40 +142,152 @@ def end_with_parent(pipe: int):
         os._exit(1)
 
 
-def close_files(report: int) -> int:
-    """Nothing to read, nowhere to write but the keeper's pipe: its number from now on."""
+def close_files(*kept: int) -> list[int]:
+    """Nothing to read, nowhere to write but these pipes: their numbers from now on, 3, 4, ..."""
     null = os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    report = os.dup2(report, 3, inheritable=False)
-    os.closerange(4, 100)                                   # the keeper has a handful
-    return report
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in kept]
+    moved = [os.dup2(fd, 3 + i, inheritable=False) for i, fd in enumerate(high)]
+    os.closerange(3 + len(moved), 100)                      # the keeper has a handful
+    return moved
 
 
-# ---------------------------------------------------------------- the program's process
+# ---------------------------------------------------------------- plain values
 
-def run_tests(program: bytes, token: str, report: int):
-    """Run a program to its end, send the token or the reason why not, and leave at once.
+CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iter": iter}
 
-    What it needs afterwards is held in local names: the program may patch the modules. It is not
-    __main__: what an answer does under that name is an example of use, not part of the answer.
-    """
-    write, leave = os.write, os._exit
-    module = types.ModuleType("program")
-    sys.modules["program"] = module
+
+def pack(x, objects: list):
+    """A value as JSON: containers and numbers by kind; anything else stays and is named by its
+    place in `objects`, so that the tests can hand it back."""
+    if x is None or type(x) in (bool, int, float, str):
+        return x
+    for kind in (bool, int, float, str):                    # a subclass may compare as it likes
+        if isinstance(x, kind):
+            return kind(x)
+    if isinstance(x, dict):
+        return ["dict", [[pack(k, objects), pack(v, objects)] for k, v in dict.items(x)]]
+    if isinstance(x, complex):
+        return ["complex", [x.real, x.imag]]
+    if isinstance(x, (bytes, bytearray)):
+        return ["bytes", list(x)]
+    kind = next((name for name in list(CONTAINERS)[:4] if isinstance(x, CONTAINERS[name])), None)
+    if kind or hasattr(x, "__next__") or isinstance(x, (range, type({}.keys()), type({}.values()))):
+        return [kind or "iter", [pack(item, objects) for item in x]]
+    objects.append(x)
+    return ["object", len(objects) - 1]
+
+
+def unpack(x, known):
+    """The value again; known(number) is what stands for an object."""
+    if not isinstance(x, list):
+        return x
+    kind, held = x
+    if kind == "object":
+        return known(held)
+    if kind == "dict":
+        return {unpack(k, known): unpack(v, known) for k, v in held}
+    if kind == "complex":
+        return complex(*held)
+    if kind == "bytes":
+        return bytes(held)
+    return CONTAINERS[kind]([unpack(item, known) for item in held])
+
+
+class Object:
+    """What the tests hold in place of an object of the answer's process."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+# ---------------------------------------------------------------- the two children
+
+def answer_calls(answer: str, requests: int, replies: int):
+    """Run the answer, then call what is asked for and send back what it returns or how it ended."""
+    write, leave, dumps, loads, packed = os.write, os._exit, json.dumps, json.loads, pack
+    module, objects = types.ModuleType("program"), []
+    sys.modules["program"] = module             # not __main__: examples of use do not run
+    line, run = "[]", open(requests, encoding="utf-8")
+    while line:
+        try:
+            if line == "[]":
+                exec(compile(answer, "program.py", "exec"), module.__dict__)
+                reply = ["ready", None]
+            else:
+                name, args, named = loads(line)
+                args, named = (unpack(x, objects.__getitem__) for x in (args, named))
+                reply = ["value", packed(getattr(module, name)(*args, **named), objects)]
+        except MemoryError:
+            reply = ["memory", None]
+        except AssertionError:
+            reply = ["failed", None]
+        except Exception:
+            reply = ["error", None]
+        except BaseException:                               # SystemExit, KeyboardInterrupt
+            reply = ["ended", None]
+        text = dumps(reply).encode() + b"\n"
+        while text:
+            text = text[write(replies, text):]
+        line = run.readline()
+    leave(0)
+
+
+class Ended(BaseException):
+    """The answer's process did not return a value; the word says why."""
+
+
+def run_tests(program: dict, requests: int, replies: int, report: int):
+    """Run helpers and tests with stand-ins for the answer's names, and report a word."""
+    if LINUX:
+        call("prctl", DUMPABLE, 0, 0, 0, 0)                 # no other process reads its memory
+    source = open(replies, encoding="utf-8")
+
+    def reply():
+        line = source.readline()
+        word, value = json.loads(line) if line else ("", None)
+        if word not in ("ready", "value"):
+            raise Ended(word)
+        return unpack(value, Object)
+
+    def ask(name):
+        def stand_in(*args, **named):
+            packed = [name, *(wrap(x) for x in (list(args), named))]
+            text = json.dumps(packed).encode() + b"\n"
+            while text:
+                text = text[os.write(requests, text):]
+            return reply()
+        return stand_in
+
+    def wrap(x):
+        if isinstance(x, Object):
+            return ["object", x.number]
+        if isinstance(x, (list, tuple)):
+            return ["list" if isinstance(x, list) else "tuple", [wrap(item) for item in x]]
+        if isinstance(x, dict):
+            return ["dict", [[wrap(k), wrap(v)] for k, v in x.items()]]
+        return pack(x, [])
+    module = types.ModuleType("tests")
+    space = module.__dict__
     try:
-        exec(compile(program, "program.py", "exec"), module.__dict__)
-        word = token
+        exec(compile(program["helpers"], "helpers.py", "exec"), space)
+        space.update({name: ask(name) for name in program["names"]})
+        reply()
+        exec(compile(program["tests"], "tests.py", "exec"), space)
+        word = "passed"
+    except Ended as end:
+        word = str(end) if str(end) in REASONS[1:] else ""
     except AssertionError:
         word = "failed"
     except MemoryError:
         word = "memory"
-    except Exception:
+    except BrokenPipeError:
+        word = ""
+    except BaseException:
         word = "error"
-    except BaseException:                                   # SystemExit, KeyboardInterrupt
-        word = "ended"
-    write(report, word.encode())
-    leave(0)
+    os.write(report, word.encode())
+    os._exit(0)
 
 
 # ---------------------------------------------------------------- the keeper
@@ -198,8 +320,8 @@ def keep(containment: str, cpu: int, wall: float) -> str:
 
     cpu and wall: seconds. The CPU's are what a program is given; wall time ends those that wait.
     """
-    program, token = sys.stdin.buffer.read(), os.urandom(16).hex()
-    reading, report = os.pipe()
+    program = json.load(sys.stdin)
+    (reading, report), (asking, asked), (saying, said) = os.pipe(), os.pipe(), os.pipe()
     if LINUX:
         with contextlib.suppress(OSError):      # if memory runs out, the kernel takes these first
             with open("/proc/self/oom_score_adj", "w") as file:
@@ -210,42 +332,48 @@ def keep(containment: str, cpu: int, wall: float) -> str:
         hide_files(os.getcwd())
     end_with_parent(1)
     keeper = os.getpid()
-    first = os.fork()
-    if not first:
+
+    def contained(run, *pipes: int) -> int:
+        """A child that is contained, keeps these pipes and runs."""
+        child = os.fork()
+        if child:
+            return child
         try:
             if containment == "namespaces":
                 os.setsid()
-            report = close_files(report)
+            pipes = close_files(*pipes)
             try:
                 give_up_rights(containment, keeper, cpu)
-                end_with_parent(report)
+                end_with_parent(pipes[-1])
             except OSError:
-                os.write(report, b"sandbox")
+                os.write(pipes[-1], b"sandbox")
                 os._exit(1)
-            run_tests(program, token, report)
+            sys.set_int_max_str_digits(0)
+            run(*pipes)
         finally:
             os._exit(1)
-    os.close(report)
-    deadline = time.monotonic() + wall
-    ended, status, used = os.wait4(first, os.WNOHANG)
-    while not ended and time.monotonic() < deadline:
-        time.sleep(0.002)
+    # The tests' process first: in a process namespace it is the one with which all others end.
+    contained(lambda *pipes: run_tests(program, *pipes), asked, saying, report)
+    first = contained(lambda *pipes: answer_calls(program["answer"], *pipes), asking, said)
+    for pipe in (report, asking, asked, saying, said):
+        os.close(pipe)
+    deadline, word, ended = time.monotonic() + wall, None, False
+    while word is None and time.monotonic() < deadline:
+        if select.select([reading], [], [], 0.005)[0]:
+            word = os.read(reading, 100).decode(errors="replace")       # "": without a verdict
+        if not ended:
+            ended, status, used = os.wait4(first, os.WNOHANG)
+            if ended:                           # its children may hold the pipes: not for long
+                deadline = min(deadline, time.monotonic() + 0.2)
+    if not ended and word == "":
+        time.sleep(0.1)
         ended, status, used = os.wait4(first, os.WNOHANG)
-    if not ended:
-        os.kill(first, signal.SIGKILL)
     end_all()
-    os.set_blocking(reading, False)
-    try:
-        word = os.read(reading, 100).decode(errors="replace")
-    except BlockingIOError:                     # nothing came, but somebody holds the other end
-        word = ""
-    if word == token:
-        return "passed"
-    if word in REASONS[1:]:
-        return word
+    if word:
+        return word if word in REASONS else "ended"
     # The kernel counts ticks for the limit, and run time for what was used: they differ a little.
-    stopped = os.WIFSIGNALED(status) and used.ru_utime + used.ru_stime > 0.8 * cpu
-    return "timeout" if stopped or not ended else "ended"
+    stopped = ended and os.WIFSIGNALED(status) and used.ru_utime + used.ru_stime > 0.8 * cpu
+    return "timeout" if stopped or word is None and not ended else "ended"
 
 
 def main():

@@ -21,6 +21,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ import report
 import rewards
 import runs
 from chat import fit
-from data import CHALLENGE, JUDGE, SOLVE, draw, generator
+from data import CHALLENGE, JUDGE, NONCE, SOLVE, draw, generator
 from files import pick_device
 from game import Game, set_up
 from gradient import Row, accumulate, culprits, refer, unsound
@@ -136,9 +137,10 @@ def score(game: Game, step: int, queries: list[str], golds: list[str | None],
     at = torch.tensor([number[t] for t in asked_each]).view(-1, G)                   # (N, G)
     asked, answered, gold, whole = map(list, zip(*number))
     R_Q, judgements = None, []
+    nonce = str(torch.randint(10**6, (), generator=generator(s.seed, step, NONCE)).item())
     with phase("judge" if s.verdict else "reward", game.scorer):
         if s.verdict:
-            game.reward.generator = generator(s.seed, step, JUDGE)
+            game.reward.generator, game.reward.nonce = generator(s.seed, step, JUDGE), nonce
         R = rewards.score(game.reward, asked, answered, gold, torch.tensor(whole))[at]
     cut = {"rewarded": getattr(game.reward, "shortened", 0)}
     if s.verdict:
@@ -152,7 +154,7 @@ def score(game: Game, step: int, queries: list[str], golds: list[str | None],
                 game.judge, game.judge_tokenizer, asked, answered, prompt=game.judge_prompt,
                 reading=s.self_reward, temperature=s.judge_temperature,
                 max_new_tokens=s.judge_tokens, generator=generator(s.seed, step, JUDGE),
-                batch_tokens=s.batch_tokens)
+                batch_tokens=s.batch_tokens, nonce=nonce)
         R_Q = rewards.fill_unparsed(scores[at])                                      # (N, G)
         judgements = [records[i] for i in at.flatten().tolist()]
         cut["judged"] = sum(record["shortened"] for record in records)
@@ -278,6 +280,14 @@ def train(s: Settings, preset: dict):
         play_on(game, optimizer, run, state)
 
 
+@torch.no_grad()
+def can_play(game: Game) -> bool:
+    """Whether the policy's logits are finite: no other model is worth a checkpoint."""
+    ids = game.tokenizer.chat([{"role": "user", "content": "a"}])
+    tokens = torch.tensor([ids], device=game.policy.model.embed_tokens.weight.device)
+    return game.policy.logits(game.policy(tokens)[:, -1]).isfinite().all().item()
+
+
 def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
     """The steps that are left. Only a whole step is ever saved; one that was cut short is played
     again, and draws the same random numbers, which depend on the seed and the step alone."""
@@ -312,6 +322,11 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
         def write(folder):
             save_model(game.policy, folder)
             optimizer.save(folder / "state")
+        with game.phase("check", game.policy):
+            if not can_play(game):
+                raise cli.RunStopped(
+                    f"after step {step} the model's logits are not finite: a lower "
+                    f"--learning-rate may help; {run.how_to_go_on()}", can_save=False)
         now = {"updates": optimizer.updates, "bad_steps": bad_steps,
                "torch": state["torch"], "device": state["device"], "ranks": state["ranks"]}
         ranks.alike(optimizer.masters)
@@ -360,7 +375,9 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
 def main():
     parser = cli.Parser(description="Language Self-Play, LSP-Zero, GRPO and RLPT on one Llama.")
     cli.add_flags(parser, Settings)
-    train(*resolve(vars(parser.parse_args())))
+    given = vars(parser.parse_args())
+    with redirect_stdout(cli.Unfailing(sys.stdout)):
+        train(*resolve(given))
 
 
 if __name__ == "__main__":

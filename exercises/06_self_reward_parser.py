@@ -8,7 +8,8 @@ as asked. Return (score, None), or (None, a reason in a word) for a judgement th
 trusted: CASES below says which those are. Guess nothing: whatever you would "repair" becomes a
 reward that the players can learn to provoke.
 
-stopped=False: the token limit cut the judgement off; that may change the reason, never the score.
+stopped=False: the token limit cut the judgement off. It then has no score: what it would have come
+to is not known. And the score comes last: what a judge quotes on the way is not its verdict.
 Afterwards compare with rewards.parse_self_reward.
 """
 
@@ -37,6 +38,7 @@ CASES = [
     ("<Score>2</Score> or rather <Score>6</Score>", None, "two scores that disagree"),
     ("<Score>4</Score> or <Score>9</Score>", None, "one of two scores is none: which one counts?"),
     ("<Score>6</Score> As I said: <Score>6</Score>", 6, "two scores that agree are one"),
+    ("It asks for <Score>7</Score>, which is wrong.", None, "what is quoted is not the verdict"),
     (SUM + "<Score>6</Score>", None, "the calculation says 4, the score 6"),
     ("<Calculation>1+1+1=3</Calculation><Score>3</Score>", None, "three terms where seven belong"),
     ("<Calculation>1+1+1+1+1+1+1=4</Calculation><Score>4</Score>", None, "the sum is 7, not 4"),
@@ -58,6 +60,6 @@ def check(parse_self_reward=parse_self_reward):
         assert type(score) in (int, type(None)), f"{text!r}: a score is an int, not {score!r}"
         assert (reason is None) == (score is not None), (
             f"{text!r}: a reason goes with an unread judgement, and with no other")
-    assert parse_self_reward("<Score>4</Score>", stopped=False)[0] == 4, (
-        "cut off after a whole score: it still counts")
+    assert parse_self_reward("<Score>4</Score>", stopped=False)[0] is None, (
+        "cut off: it might have gone on to another score")
     return f"{len(CASES)} judgements read or refused; tests/test_rewards.py has the full table"

@@ -404,7 +404,7 @@ HOSTILE = {
         for number in range(64):
             try: os.write(number, b"passed")
             except OSError: pass
-        os._exit(0)""", {"ended"}),
+        os._exit(0)""", {"ended", "error"}),
     "says so when it exits": ("import atexit, os\natexit.register(os.write, 3, b'passed')\n"
                               "assert False", {"failed"}),
     "patches what the child needs": ("""
@@ -439,10 +439,10 @@ NAMESPACES = {
     "starts threads without end": ("""
         import threading, time
         while True: threading.Thread(target=time.sleep, args=(60,)).start()""", {"error"}),
-    "kills all that it may": ("import os\nassert os.getpid() == 1\nos.kill(-1, 9)\nassert False",
+    "kills all that it may": ("import os\nassert os.getpid() == 2\nos.kill(-1, 9)\nassert False",
                               {"error", "failed"}),
-    "kills its parent": ("import os\nassert os.getpid() == 1\nos.kill(os.getppid(), 9)\n"
-                         "assert False", {"failed"}),
+    "kills its parent": ("import os\nassert os.getpid() == 2\nos.kill(os.getppid(), 9)\n"
+                         "assert False", {"failed", "ended"}),
     "fills its scratch folder": ("""
         for number in range(100):
             with open(str(number), "wb") as f: f.write(bytes(1 << 20))""", {"error"}),
@@ -481,7 +481,7 @@ def test_the_cpu_limit_holds_long_before_the_wall_time(kind):
 def test_an_answer_that_passes_leaves_at_once_whatever_it_left_running(kind):
     assert end("""
         import atexit, os, threading, time
-        if os.getpid() == 1: threading.Thread(target=time.sleep, args=(60,)).start()
+        if os.getpid() == 2: threading.Thread(target=time.sleep, args=(60,)).start()
         atexit.register(time.sleep, 60)""", kind) == "passed"
 
 
@@ -508,7 +508,7 @@ def test_nothing_of_the_environment_or_the_open_files_is_inherited(kind, monkeyp
             assert dict(os.environ) == {} and os.getenv("SECRET_KEY") is None
             if os.path.exists("/proc"):
                 assert b"s3cret" not in open("/proc/self/environ", "rb").read()
-            for number in range(4, 100):
+            for number in range(5, 100):
                 try: os.fstat(number)
                 except OSError: continue
                 assert False, number""", kind) == "passed"
@@ -557,10 +557,12 @@ def test_nothing_outlives_a_run_that_is_killed(kind, scratch):
     if not Path("/proc").exists():
         pytest.skip("the death of a parent is a signal on Linux alone")
     command = [sys.executable, "-s", "-S", grade.SANDBOX, kind, "60", "60"]
+    program = json.dumps({"answer": "import time; time.sleep(600)", "helpers": "", "tests": "",
+                          "names": []}).encode()
     run = subprocess.Popen([sys.executable, "-S", "-c", f"import subprocess, time\n"
                             f"p = subprocess.Popen({command!r}, stdin=subprocess.PIPE,"
                             f" cwd={str(scratch)!r}, start_new_session=True)\n"
-                            "p.communicate(b'import time; time.sleep(600)')"])
+                            f"p.communicate({program!r})"])
     wait_until(lambda: len(leftovers()) >= 3)                # the run, the keeper, the program
     run.kill()
     run.wait()
@@ -593,8 +595,74 @@ def test_without_namespaces_the_next_best_is_chosen(monkeypatch):
     assert grade.containment.__wrapped__() == "limits"
 
 
-@pytest.mark.parametrize("program", [
-    "class Same:\n    def __eq__(self, other): return True\nassert Same() == 'right'",
-    "import os, sys\nos.write(3, sys._getframe(1).f_locals['token'].encode())\nos._exit(0)"])
-def test_what_the_child_cannot_tell_from_passing_is_as_its_docstring_says(program):
+# Wrong answers to tests of add_one(1) == 2, add_one(5) == 6 and of what their tests rely on.
+CHEATS = {
+    "equals everything": """
+        class Same(int):
+            def __eq__(self, other): return True
+            __hash__ = int.__hash__
+        def add_one(x): return Same(0)""",
+    "a helper called abs, by accident": "def abs(x): return -1\ndef add_one(x): return x + 17",
+    "patches a builtin": "import builtins\nbuiltins.abs = lambda x: 0\ndef add_one(x): return 0",
+    "patches a module": "import math\nmath.isclose = lambda *a: True\ndef add_one(x): return 0",
+    "puts a module of its own in place": """
+        import sys, types
+        sys.modules["math"] = types.SimpleNamespace(isclose=lambda *a, **k: True)
+        def add_one(x): return 0""",
+    "looks for the verdict in the callers' frames": """
+        import os, sys
+        def add_one(x):
+            frame = sys._getframe()
+            while frame := frame.f_back:
+                for name in list(frame.f_locals): frame.f_locals[name] = "passed"
+            return 0""",
+    "skips assertions": "import sys\nsys.settrace(lambda *a: None)\ndef add_one(x): return 0",
+    "answers both ways in two processes": """
+        import os
+        def add_one(x):
+            return x + 1 if os.fork() == 0 and x == 1 else 0""",
+    "writes replies ahead": """
+        import os
+        for _ in range(9): os.write(4, b'["value", true]\\n')
+        def add_one(x): return 0""",
+}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_wrong_answer_does_not_pass_whatever_it_redefines(name):
+    program = {"answer": textwrap.dedent(CHEATS[name]), "helpers": "import math", "tests": (
+        "assert add_one(1) == 2 and add_one(5) == 6\nassert abs(add_one(2.5) - 3.5) < 1e-6\n"
+        "assert math.isclose(add_one(1e9), 1e9 + 1)"), "names": ["add_one"]}
+    assert not grade.run_program(program)[0]
+    right = program | {"answer": "def add_one(x): return x + 1"}
+    assert grade.run_program(right) == (True, "passed")
+
+
+def test_values_of_every_plain_kind_come_back_as_they_are_and_objects_can_be_handed_back():
+    answer = """
+        import collections
+        class Pair:
+            def __init__(self, a): self.a = a
+        def same(x, *, key=None): return x
+        def total(pairs): return sum(p.a for p in pairs)
+        def kinds(): return [collections.Counter("aab"), (x for x in "ab"), {1: 2}.keys()]"""
+    tests = """
+        for x in (None, True, 3, 10**5000, 2.5, float("inf"), "\\ud800", (1, [2]), {3, 4}, b"x",
+                  frozenset({5}), {(1, 2): {"a": None}}, 1 + 2j):
+            assert same(x) == x and type(same(x)) is type(x)
+        assert same(x=5, key=1) == 5 and total([Pair(1), Pair(2)]) == 3
+        counter, generated, keys = kinds()
+        assert counter == {"a": 2, "b": 1} and generated != ["a", "b"]
+        assert list(generated) == ["a", "b"] and list(keys) == [1]"""
+    program = {"answer": textwrap.dedent(answer), "helpers": "", "tests": textwrap.dedent(tests),
+               "names": ["same", "total", "Pair", "kinds"]}
     assert grade.run_program(program) == (True, "passed")
+
+
+def test_system_v_memory_has_the_programs_limit(namespaces):
+    if os.geteuid():
+        pytest.skip("only root can set the limit")
+    assert end("""
+        import ctypes
+        held = [ctypes.CDLL(None).shmget(0, 100 << 20, 0o1666) for _ in range(20)]
+        assert all(n >= 0 for n in held)""", "namespaces") == "failed"

@@ -1,6 +1,7 @@
 """The game as a whole: what is drawn, weighed and recorded, and what the metrics say."""
 import copy
 import json
+import os
 import sys
 
 import pytest
@@ -9,16 +10,17 @@ from checkpoints import random_llama, write_checkpoint
 from safetensors.torch import load_file
 from test_train import game, random_rows
 
+import cli
 import game as players
 import log
 import lsp
 import rewards
 import train
-from files import HERE
+from files import HERE, InputError
 from gradient import Row, accumulate, refer
 from memory import MasterAdamW
 from model import load_model
-from sample import Completion
+from sample import Completion, sample
 from settings import resolve
 
 
@@ -251,3 +253,44 @@ def test_equal_qualities_are_said_in_the_step_line_and_watch_names_a_scale(world
         log.transcript(g.settings, r))
     r.R_Q = torch.full_like(r.R, 5.0)
     assert "all R_Q equal: no self-reward in this step" in said(r)
+
+
+# ---------------------------------------------------------------- bad days
+
+def play_tiny(monkeypatch, out, *flags):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--algo", "lsp-zero", "--steps", "2", "--queries",
+                                      "2", "--eval-every", "9", "--out", str(out), *flags])
+    train.main()
+
+
+def test_a_run_goes_on_when_nobody_can_read_what_it_prints(tmp_path, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        play_tiny(monkeypatch, tmp_path / "run")
+        monkeypatch.undo()
+    assert (tmp_path / "run/checkpoint/model.safetensors").exists()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_model_that_cannot_play_is_no_checkpoint_and_ends_the_run_in_a_line(
+        tmp_path, monkeypatch):
+    with pytest.raises(cli.RunStopped, match="after step 1 the model's logits are not finite") as e:
+        play_tiny(monkeypatch, tmp_path / "run", "--learning-rate", "1e9", "--save-every", "1",
+                  "--seed", "3", "--queries", "16")
+    assert e.value.code == 3 and not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_logits_that_are_not_finite_are_refused_in_a_line(llama):
+    llama.model.norm.weight.data[0] = float("nan")
+    for temperature in (0, 1.0):
+        with pytest.raises(InputError, match="the model's logits are not finite"):
+            sample(llama, [[1, 2, 3]], max_new_tokens=3, temperature=temperature)
+
+
+@pytest.mark.parametrize("flag", ["--prompts", "--challenger-prompt", "--text"])
+def test_a_pipe_as_a_file_is_refused(tmp_path, flag):
+    os.mkfifo(tmp_path / "pipe")
+    algo = {"--prompts": "grpo", "--text": "rlpt"}.get(flag, "lsp")
+    given = {"algo": algo, flag[2:].replace("-", "_"): str(tmp_path / "pipe")}
+    with pytest.raises(InputError, match="pipe: (not a regular file|no such file or folder)"):
+        players.set_up(resolve(given)[0])

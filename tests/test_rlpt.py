@@ -262,12 +262,9 @@ def test_any_other_judgement_is_none_with_its_reason(text, reason):
     assert parse_verdict(text) == (None, reason) and reason in rewards.VERDICT_REASONS
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("Score: 1", (None, "truncated")), ("Score: 1\n", (1, None)), ("Score: 1\nIt sa", (1, None)),
-    ("Score: 1\nScore: 0", (1, None)), ("Sco", (None, "truncated")), ("", (None, "truncated")),
-    ("I think\nScore: 1\nbe", (None, "not_first")), ("Score: 1\nScore: 0\n", (None, "conflict"))])
-def test_of_a_judgement_that_was_cut_off_the_last_line_is_not_believed(text, expected):
-    assert parse_verdict(text, stopped=False) == expected
+@pytest.mark.parametrize("text", ["Score: 1", "Score: 1\n", "Score: 1\nIt sa", "Sco", ""])
+def test_a_verdict_that_did_not_end_by_itself_does_not_count(text):
+    assert parse_verdict(text, stopped=False) == (None, "truncated")
 
 
 def test_the_verdict_parser_never_raises_and_knows_its_reasons_on_mutated_text():
