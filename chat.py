@@ -3,13 +3,18 @@
     tokenizer = Tokenizer(find_model("smollm2-135m"))
     ids = tokenizer.chat([{"role": "user", "content": "Hello"}])
 """
+import json
 import re
+from datetime import datetime
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
 import tokenizers
+from jinja2 import Template, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-import contain
 from files import InputError, inside, read_json, read_small
 
 SURROGATE = re.compile("[\ud800-\udfff]")     # half a character: JSON can hold it, UTF-8 cannot
@@ -63,6 +68,32 @@ def fit(tokenizer: "Tokenizer", rows: list[tuple[str, ...]], messages, room: int
     return fitted
 
 
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, transformers' mark of what to train on, is rendered
+    as if it were not there."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+@lru_cache(maxsize=8)
+def compiled(source: str, date: str) -> Template:
+    """A chat template with the few functions that templates expect, as transformers renders it; the
+    day is not today's, for prompts must not change by the day."""
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+    environment.filters["tojson"] = lambda x, **options: json.dumps(
+        x, ensure_ascii=False, **options)
+    day = datetime.strptime(date, "%d %b %Y")
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": day.strftime}
+    return environment.from_string(source)
+
+
 class Tokenizer:
     """A checkpoint's tokenizer.json and its own chat template; needs no weights.
 
@@ -70,35 +101,79 @@ class Tokenizer:
     and the token with which the template ends a turn.
     """
 
+    date_string = "26 Jul 2024"     # what Llama 3's template calls today: prompts must not change
+
     def __init__(self, path):
         self.path = Path(path)
         file = inside(self.path, "tokenizer.json")
-        source = read_small(file)
-        if failure := contain.try_tokenizer(file):
-            raise InputError(f"{file}: {failure}")
-        self.tokenizer = tokenizers.Tokenizer.from_str(source)
-        self.tokenizer.no_truncation()         # a text is never cut or filled up behind our back
-        self.tokenizer.no_padding()
-        settings = read_json(inside(self.path, "tokenizer_config.json"))
+        if not file.exists() and (self.path / "tokenizer.model").exists():
+            raise InputError(f"{file}: no such file, only tokenizer.model; to make one: python -c "
+                             "\"from transformers import AutoTokenizer as T; T.from_pretrained("
+                             f"'{self.path}').save_pretrained('{self.path}')\"")
+        source, settings = read_small(file), read_json(inside(self.path, "tokenizer_config.json"))
+        self._names = self._find_names(settings)
+        self.tokenizer = self._open(self._complete(source, settings))
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items()
                         if token.special and token.content}
         by_length = sorted(self.special, key=len, reverse=True)
         self._special_name = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
-        named = {
-            key: settings.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        self._names = {key: value.get("content") if isinstance(value, dict) else value
-                       for key, value in named.items() if value}
         self._template = self._find_template(settings)
         self.stop_ids = self._find_stop_ids()
+
+    def _open(self, source: str) -> tokenizers.Tokenizer:
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(source)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:              # a panic in Rust is no Exception
+            raise InputError(f"{self.path / 'tokenizer.json'}: {error}") from None
+        tokenizer.no_truncation()                   # a text is never cut or filled up unasked
+        tokenizer.no_padding()
+        return tokenizer
+
+    def _find_names(self, settings: dict) -> dict[str, str]:
+        """What templates call bos_token and so on: tokenizer_config.json, else
+        special_tokens_map.json, else what the tokenizer's class stands for."""
+        file = inside(self.path, "special_tokens_map.json")
+        older = read_json(file) if file.exists() else {}
+        if settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
+            older = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | older
+        named = {key: settings.get(key) or older.get(key)
+                 for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return {key: value.get("content") if isinstance(value, dict) else value
+                for key, value in named.items() if value}
+
+    def _complete(self, source: str, settings: dict) -> str:
+        """tokenizer.json with what only tokenizer_config.json has: further added tokens
+        (added_tokens_decoder), and that the token which ends a turn is a special one."""
+        given = settings.get("added_tokens_decoder") or {}
+        plain = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)
+        try:
+            found = json.loads(source)
+            known = {token["content"]: token for token in found.get("added_tokens") or []}
+            eos = known.get(self._names.get("eos_token"), {"special": True})
+            new = {token["content"]: plain | token | {"id": int(number)}
+                   for number, token in given.items() if token["content"] not in known}
+            if eos["special"] and not new:
+                return source
+            eos["special"] = True
+            if isinstance(found["model"].get("vocab"), dict):
+                found["model"]["vocab"] = {
+                    name: token["id"] for name, token in new.items()} | found["model"]["vocab"]
+            tokens = [*known.values(), *new.values()]
+            found["added_tokens"] = sorted(tokens, key=lambda token: token["id"])
+            return json.dumps(found)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return source                          # the tokenizers library says what is wrong
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids: no BOS, and a special token's name is spelt out in ordinary tokens."""
         return self._encode(text, special=False).ids
 
     def _encode(self, text: str, *, special: bool):
-        """special: whether special tokens' names become them. A tokenizer that the trial did not
-        break (contain.py) can still break on a text: that is bad input, too."""
+        """special: whether special tokens' names become them. A tokenizer may break on a text: that
+        is bad input, too."""
         self.tokenizer.encode_special_tokens = not special
         try:
             return self.tokenizer.encode(text, add_special_tokens=False)
@@ -171,15 +246,20 @@ class Tokenizer:
         return source
 
     def _render(self, conversations: list, generation_prompt: bool) -> list[str]:
-        """Conversations under the checkpoint's template, which runs apart (contain.py)."""
-        reply = contain.render(self._template, conversations, self._names | {
-            "add_generation_prompt": generation_prompt})
-        if isinstance(reply, str):
-            raise InputError(f"{self.path}: chat template: {reply}")
-        return reply
+        """Conversations under the checkpoint's template, in jinja2's sandbox."""
+        variables = self._names | {"add_generation_prompt": generation_prompt, "tools": None,
+                                   "documents": None, "date_string": self.date_string}
+        try:
+            template = compiled(self._template, self.date_string)
+            return [template.render(variables, messages=messages) for messages in conversations]
+        except Exception as error:                 # a template may fail in any way
+            reason = (str(error).strip() or type(error).__name__)[:300]
+            raise InputError(f"{self.path}: chat template: {reason}") from None
 
     def _find_stop_ids(self) -> set[int]:
-        ids = set()
+        added = {token.content: i for i, token in
+                 self.tokenizer.get_added_tokens_decoder().items()}
+        ids = {added[eos]} if (eos := self._names.get("eos_token")) in added else set()
         for name in ("config.json", "generation_config.json"):
             file = inside(self.path, name)
             eos = read_json(file).get("eos_token_id") if file.exists() else None
@@ -195,7 +275,11 @@ class Tokenizer:
             raise InputError(f"{self.path}: the chat template leaves out what is said")
         self._check_ids(text)
         first = self._special_name.search(text.rpartition(mark)[2])        # what follows the answer
-        return ids | ({self.special[first[0]]} if first else set())
+        ids |= {self.special[first[0]]} if first else set()
+        if not ids:
+            raise InputError(f"{self.path}: no token ends an answer; name it as eos_token_id in "
+                             "generation_config.json")
+        return ids
 
     def _check_ids(self, chat: str):
         """Every id that a text or the template can give has a row in the model's embedding."""

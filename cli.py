@@ -48,6 +48,8 @@ class Unfailing:
 
 def run_script(main):
     """Call main(); bad input and a stopped run end in one line on standard error and their code."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")       # an emoji on a latin-1 terminal
     try:
         main()
     except (InputError, RunStopped) as error:

@@ -23,6 +23,12 @@ def read_data(path: str, *, gold: bool) -> list[tuple[str, str | None]]:
     for where, entry in read_entries(path):
         if not isinstance(entry, dict):
             raise InputError(f"{path}, {where}: expected an object, found {type(entry).__name__}")
+        prompt = entry.get("prompt")               # TRL's other form: a list of messages
+        if isinstance(prompt, list):
+            message = prompt[0] if len(prompt) == 1 and isinstance(prompt[0], dict) else {}
+            if message.get("role") != "user" or not isinstance(message.get("content"), str):
+                raise InputError(f"{path}, {where}: prompt must be a text or one user message")
+            entry = entry | {"prompt": message["content"]}
         key = next((k for k in FIELDS if isinstance(entry.get(k), str)), None)
         if key is None:
             raise InputError(f"{path}, {where}: no field instruction, question, problem or prompt "

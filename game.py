@@ -65,6 +65,7 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
         torch.cuda.set_per_process_memory_fraction(min(1.0, s.gpu_memory * 1e9 / whole))
     home = torch.device("cpu") if s.offload else device          # where models rest
     load = lambda path, dtype=dtype: load_model(path, device=home, dtype=dtype)
+    Tokenizer.date_string = s.date_string
     start = find_model(s.model)
     reference_path = find_model(s.reference) if s.reference else start
     judge_path = find_model(s.judge) if s.judge else reference_path

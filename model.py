@@ -26,7 +26,7 @@ from cache import Cache, Continuation, Prompts
 # A checkpoint is weights and tokenizer: one room opens both.
 from chat import Tokenizer  # noqa: F401
 from config import Config, parse_config
-from files import PROMPTS, InputError, inside, read_json
+from files import POINTER, PROMPTS, InputError, inside, read_json
 
 # What save_model carries over from the source directory,
 # so that a checkpoint is complete by itself.
@@ -256,9 +256,18 @@ class Llama(nn.Module):
 def weight_files(path: Path) -> list[Path]:
     """The model's safetensors: one file, or the shards that an index names
     (files beside it, nowhere else)."""
-    index = inside(path, "model.safetensors.index.json")
+    index, whole = (inside(path, f"model.safetensors{end}") for end in (".index.json", ""))
     if not index.exists():
-        return [inside(path, "model.safetensors")]
+        shards = sorted(path.glob("model-*-of-*.safetensors"))       # without an index: all of them
+        if not whole.exists() and not shards and (path / "adapter_config.json").exists():
+            raise InputError(f"{path}: a LoRA adapter, not a model: merge it into its base with "
+                             "peft's merge_and_unload and save_pretrained")
+        if not whole.exists() and not shards and list(path.glob("pytorch_model*.bin")):
+            raise InputError(f"{path}: no model.safetensors, only pytorch_model.bin, which can run "
+                             "code; to convert it: python -c \"from transformers import "
+                             "AutoModelForCausalLM as M; M.from_pretrained("
+                             f"'{path}').save_pretrained('{path}')\"")
+        return shards if shards and not whole.exists() else [whole]
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(
             isinstance(f, str) and Path(f).name == f for f in shards.values()):
@@ -281,21 +290,20 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
     """
     path = Path(path)
     raw = read_json(inside(path, "config.json"))
-    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"         # of its checkpoints
-    if stored not in ("float64", "float32", "float16", "bfloat16"):
-        raise InputError(f"{path / 'config.json'}: dtype {stored!r} is not supported")
+    if dtype_name(raw) not in ("float64", "float32", "float16", "bfloat16"):
+        raise InputError(f"{path / 'config.json'}: dtype {dtype_name(raw)!r} is not supported")
     with torch.device("meta"):                                              # shapes only, no memory
         model = Llama(parse_config(raw, str(path / "config.json")))
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    state = {}
+    state, heads = {}, []
     for file in weight_files(path):
         try:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():
-                    # Harmless leftovers: a copy of the tied embedding,
-                    # the RoPE table of old checkpoints.
-                    if name.endswith("rotary_emb.inv_freq") or (
-                            name == "lm_head.weight" and name not in wanted):
+                    if name.endswith("rotary_emb.inv_freq"):     # the RoPE table of old checkpoints
+                        continue
+                    if name == "lm_head.weight" and name not in wanted:       # a tied model's head
+                        heads.append(tensors.get_tensor(name))
                         continue
                     about = tensors.get_slice(name)
                     if name not in wanted:
@@ -308,14 +316,25 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
                         raise InputError(
                             f"{file}: tensor {name} has dtype {about.get_dtype()}, not a float")
                     state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+                    if not state[name].isfinite().all():
+                        raise InputError(f"{file}: tensor {name} holds numbers that are not finite "
+                                         f"(in {dtype}): the checkpoint is broken")
         except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
             reason = ("no such file" if isinstance(error, FileNotFoundError)
                       else f"not readable: {error}")
+            if isinstance(error, SafetensorError) and (
+                    file.stat().st_size < 1000 and file.read_bytes().startswith(POINTER.encode())):
+                reason = "a git-lfs pointer, not the file: run git lfs pull there"
             raise InputError(f"{file}: {reason}") from None
     missing = [name for name in wanted if name not in state]
     if missing:
         raise InputError(f"{path}: tensor {missing[0]} is missing"
                          + f" (and {len(missing) - 1} more)" * (len(missing) > 1))
+    embedding = state["model.embed_tokens.weight"]
+    if heads and not torch.equal(heads[0].to(device=device, dtype=dtype), embedding):
+        raise InputError(f"{path}: tie_word_embeddings is true, but the file holds another "
+                         "lm_head.weight: set it to false in config.json, which is what "
+                         "transformers then does by itself")
     model.load_state_dict(state, assign=True)
     model.raw_config = raw
     model.carried = {
@@ -323,10 +342,15 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
     return model
 
 
+def dtype_name(raw: dict) -> str:
+    """The dtype that a config.json names; float32 for none and for "auto"."""
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    return "float32" if name == "auto" else name
+
+
 def stored_dtype(model: Llama) -> torch.dtype:
     """The dtype that the model's own config.json names: checkpoints keep it."""
-    raw = model.raw_config
-    return getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32")
+    return getattr(torch, dtype_name(model.raw_config))
 
 
 def save_model(model: Llama, path, *, dtype: torch.dtype | None = None):

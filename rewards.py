@@ -26,6 +26,7 @@ from torch import Tensor
 import ranks
 from cache import shared_forward
 from chat import Tokenizer, fill, fit, without_tags
+from cli import RunStopped
 from files import InputError
 from model import Llama, load_model
 from sample import sample, take_batch, text_of
@@ -91,18 +92,24 @@ class RewardModel:
 
 
 def as_rewards(values, count: int) -> Tensor:
-    """What a reward returned, as (count,) fp32 on the CPU; NaN for all that is no finite number.
+    """What a reward returned, as (count,) fp32 on the CPU; infinite numbers become NaN.
 
-    A NaN that reaches the update skips it, and is counted (gradient.py). Under torchrun rank 0's
-    word holds: a reward that asks a server, or draws lots, must not tell each rank another.
+    A NaN that reaches the update skips it, and is counted (gradient.py). Anything but one number
+    for each answer stops the run. Under torchrun rank 0's word holds: a reward that asks a server,
+    or draws lots, must not tell each rank another.
     """
     try:
         R = torch.as_tensor(values, dtype=torch.float32).cpu()
+        found = f"a tensor of shape {tuple(R.shape)}"
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        R = torch.tensor([])
-    nan = torch.full((count,), float("nan"))
-    R = torch.where(R.isfinite(), R, nan) if R.shape == (count,) else nan
-    return ranks.exchange(R)[0]
+        R, found = torch.tensor([]), f"{type(values).__name__}"
+        if isinstance(values, (list, tuple)):
+            odd = next((f"{x!r:.40}" for x in values if not isinstance(x, (int, float))), "")
+            found = f"{len(values)} values, of them {odd}"
+    if R.shape != (count,):
+        raise RunStopped(f"the reward must return {count} numbers, one for each answer; found "
+                         + found)
+    return ranks.exchange(torch.where(R.isfinite(), R, float("nan")))[0]
 
 
 def score(reward, queries: list[str], answers: list[str], golds: list, stopped: Tensor) -> Tensor:

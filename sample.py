@@ -298,6 +298,8 @@ def main():
     parser.add_argument("--task", default="None", help="fills {task} of the Challenger's prompt")
     parser.add_argument("--template", default="None",
                         help="fills {template} of the Challenger's prompt")
+    parser.add_argument("--date-string", default=Tokenizer.date_string,
+                        help="today in Llama 3's chat template (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=1.0,
                         help="0: always the likeliest token")
@@ -312,6 +314,7 @@ def main():
     fills = [name for name in ("task", "template") if getattr(args, name) != "None"]
     if not args.challenger and (fills or args.challenger_prompt):
         raise InputError(f"--{(*fills, 'challenger-prompt')[0]} is for --challenger")
+    Tokenizer.date_string = args.date_string
     path = find_model(args.model)
     device, dtype = pick_device(args.device, path)
     tokenizer, model = Tokenizer(path), load_model(path, device=device, dtype=dtype)

@@ -5,6 +5,7 @@ preset is training.json in its directory; checkpoints carry it: a second stage k
 A resumed run takes all of them from its own config.json.
 """
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class Settings:
                                       "the paper's, and lsp's default) or expected (expectation "
                                       "over the score's token)", choices=rewards.READINGS)
     judge_temperature: float = setting(0.0, "0: greedy, so that one pair has one score", 0)
+    date_string: str = setting("26 Jul 2024", "today in Llama 3's chat template, which should not "
+                               "change while a model learns")
     task: str = setting("None", "fills {task} of the Challenger's prompt; None: its judgement")
     template: str = setting("None", "fills {template} of the Challenger's prompt")
     challenger_prompt: str | None = setting(None, "file (default: the model's prompts/, else ours)")
@@ -141,10 +144,13 @@ NEEDS = {
 # allowed with a warning: --steps moves the decay's end, the others the last bits of sums. Any other
 # setting would make it another run and is refused.
 FREE = ("eval_every", "save_every", "keep", "max_bad_steps", "offload", "gpu_memory")
+# Where things lie. They may have moved; what they hold may not have changed (Run.begin).
+PLACES = ("model", "reference", "judge", "reward", "prompts", "eval_prompts", "text",
+          "challenger_prompt", "self_reward_prompt")
 RETUNE = ("steps", "device", "batch_tokens", "micro_batch_tokens", "checkpointing")
 COMMANDS = ("resume", "requeue", "overwrite", "watch", "dry_run", "out")     # not what a run is
 # Settings that came later; their defaults are what runs did before, so that older ones go on.
-ADDED = ("offload", "gpu_memory", "dry_run")
+ADDED = ("offload", "gpu_memory", "dry_run", "date_string")
 
 
 def resolve(given: dict) -> tuple[Settings, dict]:
@@ -165,6 +171,8 @@ def resolve(given: dict) -> tuple[Settings, dict]:
                          " (--resume goes on in its own folder: no --out)")
     if given.get("requeue") and os.path.exists(Path(given["out"]) / "config.json"):
         given = given | {"resume": given["out"]}
+    if given.get("resume") and re.fullmatch(r"checkpoint(-\d+)?", Path(given["resume"]).name):
+        given = given | {"resume": str(Path(given["resume"]).parent)}     # RUN/checkpoint: RUN
     if given.get("resume"):
         given = continued(Path(given["resume"]), given)
     name = given.get("model", "tiny-rlpt" if given.get("algo") == "rlpt" else Settings.model)
@@ -183,6 +191,10 @@ def resolve(given: dict) -> tuple[Settings, dict]:
                 raise InputError(f"--{flag.replace('_', '-')} is not used here: it needs {needs}")
     s.challenger_prompt = s.challenger_prompt or str(prompt_file(path, "challenger"))
     s.self_reward_prompt = s.self_reward_prompt or str(prompt_file(path, "self_reward"))
+    for key in PLACES:               # absolute: --resume may be given elsewhere
+        place = getattr(s, key)
+        if place and place not in NAMES and os.path.exists(place):
+            setattr(s, key, os.path.abspath(place))
     check(s)
     return budget.sized(s, preset | given), preset
 
@@ -220,17 +232,25 @@ def continued(folder: Path, given: dict) -> dict:
     stored = {key: asdict(Settings())[key] for key in ADDED} | stored
     if missing := [f.name for f in fields(Settings) if f.name not in stored]:
         raise InputError(f"{file}: not the settings of a run ({missing[0]} is missing)")
+    model = stored["model"]
+    if "model" not in given and os.path.isabs(model) and not os.path.exists(model):
+        raise InputError(f"{model}, which the run in {folder} began with, is not there any more: "
+                         "give its new place with --model")
     changed = {key: value for key, value in given.items()
                if key not in COMMANDS and value != stored[key]}
     for key, value in changed.items():
         flag = "--" + key.replace("_", "-")
-        if key not in FREE + RETUNE:
+        if key not in FREE + RETUNE and not (key in PLACES and os.path.exists(value)):
             raise InputError(f"{flag} {value} would change the run in {folder}, which has "
                              f"{stored[key]}: leave it out, or begin another run with "
                              f"--model {folder}/checkpoint")
         if key in RETUNE:
             print(f"resuming with {flag} {value}, was {stored[key]}: from here on not the run that "
                   "it would have been")
+    if "model" in changed:           # what the model's folder brings has moved with it
+        for key in ("challenger_prompt", "self_reward_prompt"):
+            if stored[key] and Path(stored[key]).is_relative_to(stored["model"]):
+                stored[key] = None
     commands = {key: asdict(Settings())[key] for key in COMMANDS}
     return stored | changed | commands | {"resume": str(folder), "out": str(folder)}
 

@@ -283,6 +283,7 @@ def train(s: Settings, preset: dict):
 @torch.no_grad()
 def can_play(game: Game) -> bool:
     """Whether the policy's logits are finite: no other model is worth a checkpoint."""
+    game.phase.call(game.policy)
     ids = game.tokenizer.chat([{"role": "user", "content": "a"}])
     tokens = torch.tensor([ids], device=game.policy.model.embed_tokens.weight.device)
     return game.policy.logits(game.policy(tokens)[:, -1]).isfinite().all().item()
@@ -322,11 +323,9 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
         def write(folder):
             save_model(game.policy, folder)
             optimizer.save(folder / "state")
-        with game.phase("check", game.policy):
-            if not can_play(game):
-                raise cli.RunStopped(
-                    f"after step {step} the model's logits are not finite: a lower "
-                    f"--learning-rate may help; {run.how_to_go_on()}", can_save=False)
+        if not can_play(game):
+            raise cli.RunStopped(f"after step {step} the model's logits are not finite: a lower "
+                                 f"--learning-rate may help; {run.how_to_go_on()}", can_save=False)
         now = {"updates": optimizer.updates, "bad_steps": bad_steps,
                "torch": state["torch"], "device": state["device"], "ranks": state["ranks"]}
         ranks.alike(optimizer.masters)

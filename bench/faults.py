@@ -311,11 +311,11 @@ def injected(bench, game: str, out: Path, kind: str) -> tuple[bool, list[str]]:
 
 
 RUBBISH = [None, "seven", [], [None, 1.0], {"score": 1}, torch.zeros(0), torch.ones(3, 3),
-           float("nan"), 10**400, torch.full((1,), float("-inf"))]
+           float("nan"), 10**400, torch.full((1,), 0.5)]
 
 
 def rubbish(bench, game: str, out: Path, judge: bool) -> bool:
-    """What is no reward skips its steps; what is no judgement counts as unread; the run ends."""
+    """What is no reward stops the run, which then goes on; what is no judgement is unparsed."""
     steps = bench.random.sample(range(STEPS), 3)
     values = [bench.random.choice(RUBBISH) for _ in steps]
     texts = ["<Score>9", "<Score></Score>" * 99, "\x00\ud7ff\ue000", "<Score>4</Score>" * 2, ""]
@@ -333,10 +333,11 @@ def rubbish(bench, game: str, out: Path, judge: bool) -> bool:
         train.play = spoilt
         if judge:
             rewards.text_of = lambda tokenizer, row: texts[sum(row.tokens) % len(texts)]
-    fine = live(bench.world, out, game, spoil=spoil) == 0
+    ends = [live(bench.world, out, game, spoil=spoil), live(bench.world, out, game)]
+    fine = ends == [0 if judge else 3, 0]
     metrics = left(out)["metrics.jsonl"]
     skipped = sorted(m["step"] - 1 for m in metrics if m["skipped"])
-    counted = all(m["parse_failures"] for m in metrics) if judge else skipped == sorted(steps)
+    counted = all(m["parse_failures"] for m in metrics) if judge else not skipped
     return fine and counted and "NaN" not in (out / "metrics.jsonl").read_text()
 
 

@@ -34,7 +34,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoints import write_checkpoint  # noqa: E402
 
-import contain  # noqa: E402
 import rewards  # noqa: E402
 from chat import Tokenizer  # noqa: E402
 from data import check_data, opening, read_data  # noqa: E402
@@ -267,7 +266,7 @@ def use_prompt(folder: Path):
 FILES = {
     "config.json": (use_model, 2000), "model.safetensors": (use_model, 2000),
     "model.safetensors.index.json": (use_model, 500), "tokenizer.json": (use_tokenizer, 2000),
-    "tokenizer_config.json": (use_tokenizer, 1500), "chat_template.jinja": (use_tokenizer, 300),
+    "tokenizer_config.json": (use_tokenizer, 1500),
     "generation_config.json": (use_tokenizer, 400), "prompts.jsonl": (use_prompts, 600),
     "prompts/challenger.txt": (use_prompt, 200),
     "training.json": (lambda folder: resolve({"model": str(folder)}), 500),
@@ -325,7 +324,6 @@ def memory_now(field: str) -> int:
 
 def child(name: str, todo: range, seed: int, out: int):
     """In a forked process: a line for each file: number, seconds, peak memory, outcome."""
-    contain.child = None                       # not the parent's
     with tempfile.TemporaryDirectory() as temporary, tempfile.TemporaryFile() as errors:
         os.dup2(errors.fileno(), 2)
         folder = Path(temporary) / "m"
@@ -416,7 +414,6 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/fuzz.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    contain.SECONDS = 1
     report = {"seed": args.seed, "date": time.strftime("%Y-%m-%d"), "files": {}}
     if args.out.exists() and not args.strings:
         report = json.loads(args.out.read_text()) | {"seed": args.seed}

@@ -304,9 +304,15 @@ def test_json_never_holds_nan():
 
 
 @pytest.mark.parametrize("values", campaign.RUBBISH, ids=repr)
-def test_whatever_a_reward_returns_becomes_as_many_numbers_as_were_asked_for(values):
-    R = rewards.as_rewards(values, 2)
-    assert R.shape == (2,) and R.dtype == torch.float32 and not R.isfinite().any()
+def test_a_reward_that_is_not_one_number_for_each_answer_stops_the_run_in_a_line(values):
+    with pytest.raises(cli.RunStopped, match="must return 2 numbers, one for each answer") as e:
+        rewards.as_rewards(values, 2)
+    assert str(e.value).count("\n") == 0 and e.value.can_save
+
+
+def test_numbers_that_are_not_finite_become_nan():
+    R = rewards.as_rewards([1, float("-inf"), float("nan")], 3)
+    assert R.dtype == torch.float32 and R[0] == 1 and R[1:].isnan().all()
 
 
 def test_a_judge_whose_logits_are_nan_is_unread_and_counted(play, world, monkeypatch):

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,16 +14,17 @@ import torch
 from checkpoints import TOKENIZER, write_checkpoint
 from conftest import ROOT
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 
 import cli
-import contain
 import files
 import log
 import rewards
 import sample
 import train
 from chat import Tokenizer, fit
-from files import InputError, find_model, inside, read_json
+from data import read_data
+from files import HERE, InputError, find_model, inside, read_json
 from memory import MasterAdamW
 from model import load_model, parse_config, save_model
 from sample import Completion
@@ -127,13 +129,13 @@ def test_every_number_is_refused_below_and_above_its_range(folder, monkeypatch, 
     (["--challenger-prompt", "gone.txt"], "gone.txt: no such file"),
     (["--challenger-prompt", "empty.txt"], "empty.txt: nothing in it"),
     (["--challenger-prompt", "latin.txt"], "latin.txt: 'utf-8' codec"),
-    (["--challenger-prompt", "m"], "m: Is a directory"),
+    (["--challenger-prompt", "m"], "m: not a regular file"),
     # prompts
     (["--algo", "grpo", "--prompts", "gone.jsonl"], "gone.jsonl: No such file"),
-    (["--algo", "grpo", "--prompts", "m"], "m: Is a directory"),
+    (["--algo", "grpo", "--prompts", "m"], "m: not a regular file"),
     (["--algo", "grpo", "--prompts", "empty.jsonl"], "empty.jsonl: no prompts in it"),
     (["--algo", "grpo", "--prompts", "broken.jsonl"], "broken.jsonl, line 3: Unterminated"),
-    (["--algo", "grpo", "--prompts", "types.jsonl"], "types.jsonl, line 2: no field"),
+    (["--algo", "grpo", "--prompts", "types.jsonl"], "types.jsonl, line 2: prompt must be a text"),
     (["--algo", "grpo", "--prompts", "number.jsonl"], "line 1: expected an object, found int"),
     (["--algo", "grpo", "--prompts", "latin.jsonl"], "latin.jsonl: 'utf-8' codec"),
     (["--algo", "grpo", "--prompts", "no_gold.jsonl", "--reward", "exact"],
@@ -218,6 +220,8 @@ def test_a_strangers_preset_sets_no_path_and_no_absurd_number(tmp_path, preset, 
                                   "prompts/challenger.txt", "training.json"])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_link_out_of_the_directory_and_a_pipe_are_refused_by_name(tmp_path, name, kind):
+    if (name, kind) == ("model.safetensors", "link"):
+        return                       # weights may lie on another disk: the test of them is below
     write_checkpoint(tmp_path / "m", "untied")
     secret = tmp_path / "secret"
     file = tmp_path / "m" / name
@@ -262,46 +266,22 @@ def test_of_a_hub_repositorys_folders_only_its_prompts_are_fetched(monkeypatch, 
 
 
 HOSTILE = [
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**11 }}", "{{ 10**(10**9) }}",
-    "{{ 'x'|center(10**11) }}", "{{ [1] * 10**11 }}", "{{ '%099999999999d' % 1 }}",
-    "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ 'xy' * 10**7 }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% for i in range(10**9) %}x{% endfor %}", "{{ raise_exception('no') }}",
     "{{ messages.__class__.__base__.__subclasses__() }}", "{{ cycler.__init__.__globals__ }}",
-    "{% include '/etc/passwd' %}", "{{ messages.append(1) }}", "{{ '\ud800' }}", "{% for %}",
+    "{% include '/etc/passwd' %}", "{{ messages.append(1) }}", "{% for %}",
 ]
 
 
-def test_a_hostile_chat_template_ends_in_one_line_and_the_next_one_works(tmp_path, monkeypatch):
-    monkeypatch.setattr(contain, "SECONDS", 1)
-    monkeypatch.setattr(contain, "child", None)
+def test_a_hostile_chat_template_ends_in_one_line_and_the_next_one_works(tmp_path):
     write_checkpoint(tmp_path / "m", "untied")
     sound = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     for template in HOSTILE:
-        begun = time.monotonic()
-        (tmp_path / "m/chat_template.jinja").write_bytes(
-            (template + sound).encode("utf-8", "surrogatepass"))
+        (tmp_path / "m/chat_template.jinja").write_text(template + sound)
         with pytest.raises(InputError, match="template"):
             Tokenizer(tmp_path / "m")
-        assert time.monotonic() - begun < 30, template
     (tmp_path / "m/chat_template.jinja").write_text(sound)
     assert Tokenizer(tmp_path / "m").chat([{"role": "user", "content": "ab"}])
-
-
-def test_an_interrupted_request_does_not_answer_the_next_one():
-    turns = lambda text: [[{"role": "user", "content": text}]]
-    template = "{{ messages[0].content }}"
-    assert contain.render(template, turns("a"), {}) == ["a"]
-    started = contain.child
-
-    class Interrupted:
-        def readline(self):
-            raise KeyboardInterrupt
-    stdout, started.stdout = started.stdout, Interrupted()
-    with pytest.raises(KeyboardInterrupt):
-        contain.render(template, turns("b"), {})
-    started.stdout = stdout
-    assert contain.render(template, turns("c"), {}) == ["c"]
 
 
 def test_a_chat_template_may_be_one_of_several_and_odd_ones_are_passed_over(tmp_path):
@@ -330,24 +310,6 @@ def test_a_tokenizer_that_pads_or_cuts_does_neither_here(tmp_path, part, value):
     file = tmp_path / "m/tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {part: value}))
     assert Tokenizer(tmp_path / "m").chat(text) == ids
-
-
-@pytest.mark.parametrize("part, value", [
-    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),      # a panic in Rust
-    ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated",
-                       "invert": False}),                                  # endless backtracking
-    ("normalizer", {"type": "Sequence", "normalizers": [
-        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 9})])
-def test_a_tokenizer_that_breaks_down_is_refused_and_says_nothing_else(
-        tmp_path, monkeypatch, capfd, part, value):
-    monkeypatch.setattr(contain, "SECONDS", 2)
-    monkeypatch.setattr(contain, "child", None)
-    write_checkpoint(tmp_path / "m", "untied")
-    file = tmp_path / "m/tokenizer.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {part: value}))
-    with pytest.raises(InputError, match="tokenizer.json: "):
-        Tokenizer(tmp_path / "m")
-    assert capfd.readouterr() == ("", "")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tmp_path):
@@ -536,3 +498,181 @@ def test_a_reader_that_ends_early_brings_no_traceback(tmp_path):
     command = f"{sys.executable} {ROOT / 'train.py'} --steps 1 --device cpu | head -n 1"
     result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert result.stderr == "" and result.stdout.startswith("settings      model=tiny ")
+
+
+# ---------------------------------------------------------------- checkpoints as they are found
+
+def model(tmp_path, **changes):
+    """A checkpoint whose JSON files are changed: file name without its end -> a function."""
+    write_checkpoint(tmp_path / "m", "untied")
+    for name, change in changes.items():
+        file = tmp_path / f"m/{name}.json"
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+    return tmp_path / "m"
+
+
+TURN = [{"role": "user", "content": "What is 3 + 4?"}]
+END = "<|end_of_turn|>"
+
+
+def no_eos(content):
+    content["eos_token_id"] = None
+
+
+def test_a_turns_end_that_only_tokenizer_config_names_is_a_stop_token(tmp_path):
+    def plain(content):
+        next(t for t in content["added_tokens"] if t["content"] == END)["special"] = False
+    path = model(tmp_path, tokenizer=plain, config=no_eos, generation_config=no_eos,
+                 tokenizer_config=lambda c: c.update(eos_token=END))
+    tokenizer = Tokenizer(path)
+    assert tokenizer.stop_ids == {tokenizer.special[END]}
+    assert tokenizer.special[END] not in tokenizer.encode(END)     # in a text it stays text
+
+
+def test_a_model_without_any_stop_token_is_refused(tmp_path):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    path = model(tmp_path, config=no_eos, generation_config=no_eos, tokenizer_config=lambda c: (
+        c.pop("eos_token"), c.update(chat_template=template)))
+    with pytest.raises(InputError, match="no token ends an answer; name it as eos_token_id"):
+        Tokenizer(path)
+
+
+def test_added_tokens_that_only_tokenizer_config_has_are_added(tmp_path):
+    held = {}
+
+    def take(content):
+        held.update(next(t for t in content["added_tokens"] if t["content"] == END))
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != END]
+        content["model"]["vocab"].pop(END, None)
+    before = Tokenizer(model(tmp_path)).chat(TURN)
+    shutil.rmtree(tmp_path / "m")
+    path = model(tmp_path, tokenizer=take)
+    file = path / "tokenizer_config.json"
+    given = {str(held["id"]): {key: held[key] for key in held if key != "id"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"added_tokens_decoder": given}))
+    assert Tokenizer(path).chat(TURN) == before and held["id"] in before
+
+
+@pytest.mark.parametrize("head", [
+    "{% if tools is not none %}{{ tools | tojson }}{% endif %}",
+    "{% if documents is not none %}documents{% endif %}",
+    "{% generation %}{% endgeneration %}"])
+def test_templates_see_what_transformers_gives_them(tmp_path, head):
+    ids = Tokenizer(model(tmp_path)).chat(TURN)
+    shutil.rmtree(tmp_path / "m")
+    path = model(tmp_path, tokenizer_config=lambda c: c.update(
+        chat_template=head + c["chat_template"]))
+    assert Tokenizer(path).chat(TURN) == ids
+
+
+@pytest.mark.parametrize("place", ["special_tokens_map", "class"])
+def test_bos_comes_from_the_older_map_or_the_tokenizers_class(tmp_path, place):
+    template = "{{ bos_token + 'x' }}{% for m in messages %}{{ m.content }}{% endfor %}" + END
+
+    def drop(content):
+        content.pop("bos_token")
+        content["chat_template"] = template
+        content["tokenizer_class"] = "LlamaTokenizer" if place == "class" else "Other"
+    path = model(tmp_path, tokenizer_config=drop)
+    if place == "special_tokens_map":
+        (path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<|begin|>"}}')
+    name = {"class": "<s>", "special_tokens_map": "<|begin|>"}[place]
+    assert Tokenizer(path)._render([TURN], False)[0].startswith(name + "x")
+
+
+def test_the_date_of_a_template_is_fixed_and_can_be_set(tmp_path, monkeypatch):
+    path = model(tmp_path, tokenizer_config=lambda c: c.update(chat_template=(
+        "{{ strftime_now('%d %b %Y') }}|{{ date_string }}" + c["chat_template"])))
+    assert Tokenizer(path)._render([TURN], False)[0].startswith("26 Jul 2024|26 Jul 2024")
+    monkeypatch.setattr(Tokenizer, "date_string", "01 Jan 2026")
+    assert Tokenizer(path)._render([TURN], False)[0].startswith("01 Jan 2026|01 Jan 2026")
+
+
+def test_a_tied_model_with_another_head_is_refused_and_one_with_a_copy_loads(tmp_path):
+    write_checkpoint(tmp_path / "m", "llama3_tied")
+    file = tmp_path / "m/model.safetensors"
+    weights = load_file(file)
+    for head, fine in ((weights["model.embed_tokens.weight"].clone(), True),
+                       (weights["model.embed_tokens.weight"] + 1, False)):
+        save_file(weights | {"lm_head.weight": head}, file)
+        if fine:
+            load_model(tmp_path / "m")
+        else:
+            with pytest.raises(InputError, match="tie_word_embeddings is true, but the file holds"):
+                load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, number):
+    file = model(tmp_path) / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = number
+    save_file(weights, file)
+    with pytest.raises(InputError, match="tensor model.norm.weight holds numbers that are not"):
+        load_model(tmp_path / "m")
+
+
+def test_weights_may_be_linked_to_another_disk_and_shards_may_lack_an_index(tmp_path):
+    path = model(tmp_path)
+    shutil.move(path / "model.safetensors", tmp_path / "disk")
+    (path / "model.safetensors").symlink_to(tmp_path / "disk")
+    whole = load_model(path).state_dict()
+    write_checkpoint(tmp_path / "s", "sharded")
+    (tmp_path / "s/model.safetensors.index.json").unlink()
+    parts = load_model(tmp_path / "s").state_dict()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("left, found, message", [
+    ("tokenizer.json", "tokenizer.model", "only tokenizer.model; to make one: python -c"),
+    ("model.safetensors", "pytorch_model.bin", "only pytorch_model.bin, .* to convert it: python"),
+    ("model.safetensors", "adapter_config.json", "a LoRA adapter, not a model: merge it"),
+    ("model.safetensors", None, "model.safetensors: a git-lfs pointer, not the file"),
+    ("tokenizer.json", None, "tokenizer.json: a git-lfs pointer, not the file: run git lfs pull"),
+])
+def test_what_is_not_the_file_that_is_needed_says_what_to_do(tmp_path, left, found, message):
+    path = model(tmp_path)
+    if found:
+        (path / left).rename(path / found)
+    else:
+        (path / left).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(InputError, match=message):
+        Tokenizer(path)
+        load_model(path)
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "auto", "torch.bfloat16"])
+def test_dtypes_are_read_as_transformers_reads_them(tmp_path, dtype):
+    path = model(tmp_path, config=lambda c: c.update(torch_dtype=dtype))
+    save_model(load_model(path), tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == (
+        "bfloat16" if "bf" in dtype else "float32")
+
+
+def test_prompts_may_be_messages(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": [{"role": "user", "content": "What is 1 + 2?"}], "answer": "3"}')
+    assert read_data(str(file), gold=True) == [("What is 1 + 2?", "3")]
+
+
+def test_a_run_is_resumed_elsewhere_by_its_checkpoint_and_with_a_moved_model(tmp_path, monkeypatch):
+    def train_in(folder, *flags):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        train.main()
+    shutil.copytree(HERE / "tiny", tmp_path / "model")
+    (tmp_path / "other").mkdir()
+    train_in(tmp_path, "--model", "model", "--steps", "1", "--queries", "2", "--answers", "2",
+             "--eval-every", "9", "--out", "run")
+    train_in(tmp_path / "other", "--resume", "../run", "--steps", "2")
+    train_in(tmp_path, "--resume", "run/checkpoint", "--steps", "3")
+    shutil.move(tmp_path / "model", tmp_path / "moved")
+    with pytest.raises(InputError, match="is not there any more: give its new place with --model"):
+        train_in(tmp_path, "--resume", "run", "--steps", "4")
+    train_in(tmp_path, "--resume", "run", "--steps", "4", "--model", "moved")
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 4
+    (tmp_path / "moved/training.json").write_text("{}")
+    with pytest.raises(InputError, match="is not what the run began with"):
+        train_in(tmp_path, "--resume", "run", "--steps", "5")

@@ -313,7 +313,7 @@ def test_fill_never_fills_what_a_value_brought_in():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"torch_dtype": "int8"}, "dtype 'int8'"), ({"torch_dtype": "auto"}, "dtype 'auto'"),
+    ({"torch_dtype": "int8"}, "dtype 'int8'"),
     ({"num_hidden_layers": 10**9}, "layers = 1000000000 cannot be meant")])
 def test_a_config_that_could_only_fail_later_is_refused_at_once(tmp_path, change, message):
     write_checkpoint(tmp_path / "m", "untied")
@@ -338,4 +338,4 @@ def test_an_end_of_turn_token_with_any_name_is_found(tmp_path):
     (tmp_path / "m/generation_config.json").unlink()
     (tmp_path / "m/config.json").unlink()
     tokenizer = Tokenizer(tmp_path / "m")
-    assert tokenizer.stop_ids == {tokenizer.special["<|end_of_text|>"]}
+    assert tokenizer.special["<|end_of_text|>"] in tokenizer.stop_ids
