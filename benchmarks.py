@@ -1,22 +1,22 @@
 """Benchmarks with a right answer: problems, their zero-shot prompts, and who says what is right.
 
-gsm8k and tiny by exact match of numbers, math by normalised equality, humaneval and mbpp by running
-their tests. What the answers to MATH and to programming problems are worth is grade.py's business.
+gsm8k and tiny by exact match of numbers, math by the values of what is boxed (math-verify),
+humaneval and mbpp by running their tests (grade.py).
 """
 import grade
 from chat import fill
-from data import read_entries
+from data import query_of, read_entries
 from files import HERE, InputError, read_prompt
-from rewards import last_number
+from rewards import boxed, exact, final_number, same_value
 from tiny import world as tiny_world
 
 # Fields that a problem must have, and new tokens for an answer.
 FIELDS = {
     "alpaca_eval": ("instruction",),               # nothing is right there: eval.py generate
     "gsm8k": ("question", "answer"),
-    "math": ("problem", "answer"),
+    "math": ("problem",),                          # and answer, or a solution that boxes it
     "humaneval": ("prompt", "test", "entry_point"),
-    "mbpp": ("prompt", "test_list"),
+    "mbpp": ("prompt", "test_list"),               # the full data set: text
 }
 TOKENS = {"gsm8k": 512, "math": 1024, "humaneval": 768, "mbpp": 768, "tiny": 5}
 NAMES = tuple(TOKENS)
@@ -37,13 +37,20 @@ def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[
     prompt = "{problem}" if bare else read_prompt(HERE / "prompts" / f"{name}.txt")
     problems = []
     for where, entry in read_entries(path)[:limit]:
+        if isinstance(entry, dict) and name == "mbpp" and "prompt" not in entry:
+            entry = {**entry, "prompt": entry.get("text")}
+        if isinstance(entry, dict) and name == "math" and isinstance(entry.get("solution"), str):
+            entry = {"answer": boxed(entry["solution"]), "subject": entry.get("type"), **entry}
         missing = [key for key in FIELDS[name] if not isinstance(entry, dict)
                    or not is_text(entry.get(key), listed=key == "test_list")]
         if missing:
             raise InputError(f"{path}, {where}: no text in {', '.join(missing)}: not {name}")
-        if name == "gsm8k" and last_number(entry["answer"]) is None:
+        if name == "gsm8k" and final_number(entry["answer"]) is None:
             raise InputError(f"{path}, {where}: no number in answer: not {name}")
-        query = fill(prompt, problem=entry[FIELDS[name][0]],
+        if name == "math" and not isinstance(entry.get("answer"), str):
+            raise InputError(f"{path}, {where}: no text in answer, nothing boxed in solution: not "
+                             "math")
+        query = fill(prompt, problem=query_of(entry, FIELDS[name][0]),
                      tests="\n".join(entry.get("test_list", [])))
         problems.append({"query": query, "gold": entry.get("answer"), "problem": entry,
                          "subset": entry.get("subject")})
@@ -71,14 +78,13 @@ def is_right(name: str, problem: dict, answer: str, *, cut: bool) -> tuple[bool,
         if name == "tiny":
             right = tiny_world.correct(problem["query"], answer)
         else:
-            number = last_number(answer)
-            right = number is not None and number == last_number(problem["gold"])
+            right = bool(exact([""], [answer], [problem["gold"]]))
         return right, "equal" if right else "not equal"
     if name == "math":
-        said = grade.boxed(answer)
+        said = boxed(answer)
         if said is None:
             return False, "nothing boxed"
-        right = grade.same_answer(said, problem["gold"])
+        right = same_value(said, problem["gold"])
         return right, "equal" if right else "not equal"
     program = getattr(grade, f"{name}_program")(problem["problem"], answer)
     right, why = grade.run_program(program)

@@ -7,17 +7,18 @@ import torch
 
 from chat import SURROGATE, Tokenizer
 from files import InputError, check_regular
-from rewards import last_number
 
 FIELDS = ("instruction", "question", "problem", "prompt")
 
 
-def read_data(path: str, *, gold: bool) -> list[tuple[str, str | None]]:
+def read_data(path: str, *, gold: tuple | None = None,
+              boxed=lambda text: None) -> list[tuple[str, str | None]]:
     """Queries with their gold answers (None without one) from a JSON list or JSON lines.
 
     A query is `instruction` (with `input` below it), `question`, `problem` or `prompt`; the gold
-    answer is `answer`. InputError names the line, or the entry of a list; with `gold`, also where
-    an answer holds no number.
+    answer is `answer`, or what `boxed` finds in MATH's `solution`. InputError names the line, or
+    the entry of a list; with gold, what an answer must be in a word and a check of it, also where
+    an answer is missing or is not that.
     """
     data = []
     for where, entry in read_entries(path):
@@ -33,15 +34,23 @@ def read_data(path: str, *, gold: bool) -> list[tuple[str, str | None]]:
         if key is None:
             raise InputError(f"{path}, {where}: no field instruction, question, problem or prompt "
                              f"(fields found: {', '.join(entry) or 'none'})")
-        below = entry.get("input") if key == "instruction" else None
-        answer = None if entry.get("answer") is None else str(entry["answer"])
-        if gold and (answer is None or last_number(answer) is None):
-            raise InputError(f"{path}, {where}: the reward needs a gold answer with a number "
+        answer = entry.get("answer")
+        if answer is None and isinstance(entry.get("solution"), str):
+            answer = boxed(entry["solution"])
+        answer = None if answer is None else str(answer)
+        if gold and (answer is None or not gold[1](answer)):
+            raise InputError(f"{path}, {where}: the reward needs a gold answer with {gold[0]} "
                              "in `answer`")
-        data.append((entry[key] + (f"\n\n{below}" if below else ""), answer))
+        data.append((query_of(entry, key), answer))
     if not data:
         raise InputError(f"{path}: no prompts in it")
     return data
+
+
+def query_of(entry: dict, key: str) -> str:
+    """What is asked: the field's text, and below an instruction its `input`."""
+    below = entry.get("input") if key == "instruction" else None
+    return entry[key] + (f"\n\n{below}" if below else "")
 
 
 def check_data(path: str, data: list, tokenizer: Tokenizer, room: int):
@@ -96,6 +105,9 @@ def read_entries(path: str) -> list[tuple[str, object]]:
             raise InputError(f"{path}, line {line}: {error}") from None
         entries += [(f"entry {i}", v) for i, v in enumerate(value, 1)] if listed else [
             (f"line {number}", value)]
+    for where, value in entries if r"\ud" in text.lower() else ():
+        if half := SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+            raise InputError(f"{path}, {where}: {half[0]!r} is half a character")
     return entries
 
 

@@ -33,7 +33,7 @@ from files import HERE, InputError, find_model, pick_device, prompt_file, read_j
 from model import load_model
 from results import append_line, read_lines
 from runs import write_json
-from sample import sample, text_of
+from sample import Completion, check_finite, decode, text_of
 
 # ---------------------------------------------------------------- answers
 
@@ -43,38 +43,60 @@ def name_of(model: str) -> str:
     return path.parent.name if path.name.startswith("checkpoint") else path.name
 
 
-def answer(args, queries: list[str], done: int, samples: int = 1):
-    """The model's answers to queries[done:], as they come: yields (number, [(text, cut), ...]).
+def answer(args, queries: list[str], done: set[int], samples: int = 1):
+    """The model's answers to the queries whose numbers are not in `done`: yields
+    (number, [(text, cut), ...]) as soon as a query's last answer has ended, in no fixed order.
 
     Every answer has a random stream of its own: neither an interruption nor --batch changes any
     (up to floating point).
     """
-    path, left = find_model(args.model), queries[done:]
+    path, left = find_model(args.model), [i for i in range(len(queries)) if i not in done]
     if not left:
         return
     device, dtype = pick_device(args.device, path)
     tokenizer = Tokenizer(path)
-    strange = next((s for q in left if (s := tokenizer.unspelt(q)) is not None), None)
+    strange = next((s for i in left if (s := tokenizer.unspelt(queries[i])) is not None), None)
     if strange is not None:
         raise InputError(f"the tokenizer of {args.model} cannot spell {strange!r}")
     model = load_model(path, device=device, dtype=dtype)
     if model.config.scalar_head:
         raise InputError(f"--model {args.model} is a reward model, which cannot write")
-    prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in left]
-    longest, context = max(map(len, prompts)), model.config.max_position_embeddings
+    prompts = {i: tokenizer.chat([{"role": "user", "content": queries[i]}]) for i in left}
+    longest = max(map(len, prompts.values()))
+    context = model.config.max_position_embeddings
     if longest + args.max_new_tokens > context:
         raise InputError(f"the longest prompt has {longest} tokens: with {args.max_new_tokens} new "
                          f"ones it does not fit into the model's context of {context}")
-    random = generator(args.seed, 0, EVALUATE)
-    torch.randint(2**63 - 1, (done * samples,), generator=random)    # what sample() drew for those
-    with tqdm(total=len(queries), initial=done, desc="answering") as bar:
+    seeds = torch.randint(2**63 - 1, (len(queries), samples),
+                          generator=generator(args.seed, 0, EVALUATE)).tolist()
+    with tqdm(total=len(queries), initial=len(done), desc="answering") as bar:
         for start in range(0, len(left), args.batch):
-            groups = sample(model, prompts[start:start + args.batch], num_samples=samples,
-                            max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                            stop_ids=tokenizer.stop_ids, generator=random)
-            for i, group in enumerate(groups, done + start):
+            some = {i: prompts[i] for i in left[start:start + args.batch]}
+            for i, group in answers_of(model, tokenizer, args, some, seeds):
                 yield i, [(text_of(tokenizer, row), not row.stopped) for row in group]
                 bar.update()
+
+
+def answers_of(model, tokenizer, args, prompts: dict[int, list[int]], seeds: list[list[int]]):
+    """(number, its Completions) of a batch of prompts, each when its last answer has ended."""
+    rows = [(i, seed) for i in prompts for seed in seeds[i]]
+    said, groups = [[] for _ in rows], {i: [] for i in prompts}
+    steps = decode(model, [prompts[i] for i, _ in rows], limits=[args.max_new_tokens] * len(rows),
+                   seeds=[seed for _, seed in rows], temperature=args.temperature,
+                   stop_ids=tokenizer.stop_ids)
+    for step, (inside, token, logp) in enumerate(steps):
+        for row, new, likely in zip(inside.tolist(), token.tolist(), logp.tolist()):
+            if len(said[row]) < step:                      # it has ended: a GPU's row leaves later
+                continue
+            check_finite([likely])
+            said[row].append(new)
+            stopped = new in tokenizer.stop_ids
+            if stopped or step + 1 == args.max_new_tokens:
+                number = rows[row][0]
+                groups[number].append((row, Completion(said[row], [], stopped)))
+                said[row] = said[row][:-1] if step else []          # shorter than any step to come
+                if len(groups[number]) == len(seeds[number]):
+                    yield number, [done for _, done in sorted(groups[number], key=lambda g: g[0])]
 
 
 def made_by(args, measure: str, queries: list[str], **more) -> dict:
@@ -100,9 +122,10 @@ def generate(args):
     name = args.generator or name_of(args.model)
     partial = out.with_name(out.name + ".partial")
     records = results.resume(partial, made_by(args, "outputs", queries, generator=name))
-    for i, [(text, cut)] in answer(args, queries, len(records)):
+    for i, [(text, cut)] in answer(args, queries, {record["item"] for record in records}):
         records.append({"item": i, "output": text, "cut": cut})
         append_line(partial, records[-1])
+    records.sort(key=lambda record: record["item"])
     outputs = [{key: entry[key] for key in ("dataset", "instruction") if key in entry}
                | {"output": record["output"], "generator": name}
                for entry, record in zip(entries, records)]
@@ -121,7 +144,7 @@ def winrate(args):
     if bool(args.annotations) == bool(args.outputs):
         raise InputError("winrate takes two files of outputs and a --judge, or --annotations FILE")
     if args.annotations:
-        more, found = {}, judges.read_annotations(args.annotations)
+        more, found = {}, judges.read_annotations(args.annotations, args.generator)
         total = len(found)
         values = [value for value, _ in found if value is not None]
         subsets = [subset for value, subset in found if value is not None]
@@ -151,7 +174,8 @@ def judge(args) -> tuple[dict, int, dict, dict]:
               "judge_at": args.judge if remote else str(path.resolve()), "prompt": prompt,
               "questions": results.digest([str(pair) for pair in pairs]), "command": command()}
     endpoint = remote and judges.Endpoint(args.judge, args.judge_model,
-                                          max_tokens=args.judge_tokens, seconds=args.timeout)
+                                          max_tokens=args.judge_tokens, seconds=args.timeout,
+                                          fields=judges.read_fields(args.judge_fields))
     name = re.sub(r"[^\w.-]+", "_", f"{names[0]}-against-{names[1]}-{header['judge']}.jsonl")
     out = Path(args.out) if args.out else Path(args.outputs[0]).with_name(name)
     done = results.resume(out, header)
@@ -162,12 +186,14 @@ def judge(args) -> tuple[dict, int, dict, dict]:
         missing = judges.by_endpoint(endpoint, prompt, pairs, done, write, args.concurrency)
         if missing:
             print(f"{missing} questions got no reply; the same command asks them again")
+        judges.report_unparsed(read_lines(out)[1:])
     elif scalar:
         model = rewards.RewardModel(path, device=device, dtype=dtype)
         judges.by_reward(model, pairs, done, write, args.batch)
     else:
         model = load_model(path, device=device, dtype=dtype)
         judges.by_llama(model, Tokenizer(path), prompt, pairs, done, write, args.batch)
+    judges.report_orders(read_lines(out)[1:])
     who = {key: header[key] for key in ("generator", "against", "judge")}
     return who, len(pairs), *results.item_values(header, read_lines(out)[1:])
 
@@ -187,7 +213,7 @@ def benchmark(args):
         print(grade.isolation())
     out, queries = Path(args.out), [problem["query"] for problem in problems]
     records = results.resume(out, made_by(args, name, queries, samples=samples, prompt=prompt))
-    for i, answers in answer(args, queries, len(records), samples):
+    for i, answers in answer(args, queries, {record["item"] for record in records}, samples):
         verdicts = [benchmarks.is_right(name, problems[i], text, cut=cut) for text, cut in answers]
         records.append({
             "item": i, "query": queries[i], "subset": problems[i]["subset"],
@@ -195,6 +221,7 @@ def benchmark(args):
             "reasons": [why for _, why in verdicts], "answers": [text for text, _ in answers],
             "cut": [cut for _, cut in answers]})
         append_line(out, records[-1])
+    records.sort(key=lambda record: record["item"])
     cut = sum(sum(record["cut"]) for record in records)
     print(f"{cut} of {samples * len(records)} answers were cut off at {args.max_new_tokens} tokens")
     reasons = Counter(why for record in records for why in record["reasons"]).most_common()
@@ -233,12 +260,15 @@ def make_parser() -> Parser:
     three = commands.add_parser("winrate", help="how often one model's answers are preferred")
     three.add_argument("outputs", nargs="*", help="the measured model's, then the baseline's")
     three.add_argument("--annotations", help="AlpacaEval's annotations, in place of a judge")
+    three.add_argument("--generator", help="of --annotations, the generator_2 to measure")
     three.add_argument("--judge", help="a reward model or a Llama (name, directory, hub id), "
                        f"or the URL of an OpenAI-compatible endpoint (key: {judges.KEY})")
     three.add_argument("--judge-model", help="the model's name at the URL")
     three.add_argument("--judge-prompt", help="its file (default: the judge's own or ours)")
     three.add_argument("--judge-tokens", type=int, default=1024, help="longest reply from the URL")
-    three.add_argument("--timeout", type=float, default=120, help="seconds a reply may take")
+    three.add_argument("--judge-fields", help="JSON object of further fields of a request, null to "
+                       'leave one out: {"max_completion_tokens": 2048, "max_tokens": null}')
+    three.add_argument("--timeout", type=float, default=120, help="seconds a whole reply may take")
     three.add_argument("--out", help="file of the verdicts (default: beside the first outputs)")
     three.add_argument("--concurrency", type=int, default=4, help="questions at a time, to a URL")
     three.add_argument("--batch", type=int, default=16, help="pairs judged together")

@@ -71,13 +71,14 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     judge_path = find_model(s.judge) if s.judge else reference_path
     judged = rewards.SELF_REWARD if s.self_reward else (
         rewards.VERDICT if s.reward == "verdict" else None)
-    data, held_out, gold = [], [], s.reward in rewards.NEED_GOLD
+    data, held_out = [], []
+    read = lambda file: read_data(file, gold=rewards.NEED_GOLD.get(s.reward), boxed=rewards.boxed)
     if s.algo == "grpo" and world and s.prompts in world.MIXES:
         data = world.prompts(s.prompts, min(s.queries * s.steps, 10**5), seed=s.seed)
     elif s.algo == "grpo":
-        data = read_data(s.prompts, gold=gold)
+        data = read(s.prompts)
     if s.eval_prompts:
-        held_out = read_data(s.eval_prompts, gold=gold)
+        held_out = read(s.eval_prompts)
     tokenizer = Tokenizer(start)
     context = read_config(start).max_position_embeddings
     check_data(s.prompts, data, tokenizer, context - s.answer_tokens)

@@ -1,12 +1,7 @@
-"""Grade answers of the benchmarks: MATH answers by form, HumanEval and MBPP by running their tests.
+"""Grade programs: HumanEval's and MBPP's answers, by running their tests in a sandbox.
 
-    same_answer(r"\\dfrac12", boxed(answer))                      # True for ... \\boxed{0.5}
     passed, reason = run_program(mbpp_program(problem, answer), seconds=10)
     python grade.py sanitized-mbpp.json                           # its reference solutions pass
-
-MATH: the data set's own grader (hendrycks/math) compares two strings after rewriting; MATH-500's
-(openai/prm800k) also compares values with sympy. Here: the rewriting of both, and the values of
-numbers, without sympy. Sums in another order are therefore different answers.
 """
 import contextlib
 import functools
@@ -17,8 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
-from fractions import Fraction
 from math import comb
 from pathlib import Path
 
@@ -26,117 +21,10 @@ from cli import Parser, run_script
 from data import read_entries
 from files import InputError
 
-# ---------------------------------------------------------------- MATH answers
-
-LATEX = re.compile(r"\\[A-Za-z]+|\\.|\S", re.DOTALL)
-BOX = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-ARGUMENTS = {r"\frac": 2, r"\sqrt": 1, "^": 1, "_": 1}
-SPELLINGS = {"\u2212": "-", "\u03c0": r"\pi ", "\u00b0": " ", "\u221e": r"\infty ",
-             "\u00d7": r"\cdot ", "\u222a": r"\cup ", r"\times": r"\cdot", "{,}": ",", r"\!": "",
-             r"\dfrac": r"\frac", r"\tfrac": r"\frac", "bmatrix}": "pmatrix}"}
-# Layout, dollars, percent and degree signs. The lookbehind spares a matrix's "\\ ".
-DROPPED = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad|degree)(?![A-Za-z])"
-                     r"|(?<!\\)(?:\\[,;: $%]|[~$%])|\^\{?\\circ(?![A-Za-z])\}?")
-TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mbox|mathrm|mathbf)\{([^{}]*)\}")
-LAST_TEXT = re.compile(r"(?<![_^])" + TEXT.pattern + r"(?:\^\{?[23]\}?)?$")
-# Units behind a number that no \text{...} marks: those of MATH-500's grader and a few more.
-UNIT = re.compile(
-    r"(?<=[0-9)}]) ?(?:(?:square |cubic )?(?:[ckm]m|kg|ft|feet|foot|(?:inch|(?:centi|kilo)?meter|"
-    r"mile|yard|second|minute|hour|day|week|month|year|degree|unit|dollar|cent)(?:e?s)?)"
-    r"(?:\^\{?[23]\}?)?)$")
-THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
-WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-NAMED = re.compile(r"[A-Za-z](?:=|\\in(?![A-Za-z]))(?=[^=]+$)")
-QUOTIENT = re.compile(r"(?<![0-9A-Za-z)}\]\\/])([0-9]*(?:\\[a-z]+|[A-Za-z])?)/([0-9]+|[A-Za-z])"
-                      r"(?![0-9A-Za-z/])")
-MINUS_INSIDE = re.compile(r"(?:(?<=[(,\[={])|^)\\frac\{-([^{}]*)\}")
-DECIMAL = re.compile(r"(?<![0-9.])([0-9]{0,20}\.[0-9]{1,20})(?![0-9.])")
-MIXED = re.compile(r"(?<![0-9A-Za-z.)}^_])([0-9]{1,20})\\frac\{([0-9]{1,20})\}\{([0-9]{1,20})\}")
-
-
-def normal_form(answer: str) -> str:
-    """A MATH answer in one spelling. Total: any string, in time about linear in its length.
-
-    Layout, units, degree, dollar and percent signs, thousands commas and a leading "x =" go; \\frac
-    and \\sqrt get their braces; decimals and mixed numbers become fractions in lowest terms. A
-    fraction stays as it is written: both graders ask for lowest terms. Order and brackets stay.
-    """
-    for old, new in SPELLINGS.items():
-        answer = answer.replace(old, new)
-    answer = " ".join(DROPPED.sub(" ", answer).split()).rstrip(" .")
-    answer = answer.split(r"\approx")[0].strip() or answer
-    unit = LAST_TEXT.search(answer)
-    if unit and unit.start() and unit[1].strip(" .").lower() not in ("am", "pm"):
-        answer = answer[:unit.start()]
-    answer = " ".join(TEXT.sub(r" \1 ", answer).split())
-    answer = answer.replace(" and ", ",").replace(" or ", ",")
-    answer = UNIT.sub("", answer).strip()
-    if THOUSANDS.fullmatch(answer):
-        answer = answer.replace(",", "")
-    answer = WORD.sub(lambda word: word[0].lower(), answer)
-    answer = re.sub(r"([\^_])([0-9]{2,})", r"\1{\2}", answer)          # x^12 is meant as x^{12}
-    answer = brace_arguments(LATEX.findall(answer))
-    answer = re.sub(r"(?<=[0-9])\\cdot(?=\\(?!frac))", "", answer)
-    answer = NAMED.sub("", answer, count=1) if NAMED.match(answer) else answer
-    answer = re.sub(r"^\(([A-Z])\)$", r"\1", answer)                   # a choice: (A)
-    answer = QUOTIENT.sub(r"\\frac{\1}{\2}", answer)
-    answer = MINUS_INSIDE.sub(r"-\\frac{\1}", answer)
-    answer = DECIMAL.sub(lambda number: fraction(Fraction(number[0])), answer)
-    return MIXED.sub(mixed_number, answer)
-
-
-def brace_arguments(tokens: list[str]) -> str:
-    """LaTeX tokens joined, with braces round arguments that had none: \\frac12, \\sqrt2, x^2."""
-    out, outer, owed = [], [], 0                       # owed: arguments that the last command wants
-    for token in tokens:
-        if token == "{":
-            outer.append(owed)
-            owed = 0
-        elif token == "}":
-            owed = max(0, outer.pop() - 1) if outer else 0
-        elif token in ARGUMENTS:
-            owed = ARGUMENTS[token]
-        elif owed:
-            token = "{" + token + "}"
-            owed -= 1
-        out.append(token)
-    return "".join(out)
-
-
-def fraction(value: Fraction) -> str:
-    """A value as the normal form writes it."""
-    n, d = value.numerator, value.denominator
-    return str(n) if d == 1 else rf"\frac{{{n}}}{{{d}}}"
-
-
-def mixed_number(match: re.Match) -> str:
-    """4\\frac{2}{3} as 14/3; anything but a proper fraction behind the number is left alone."""
-    whole, n, d = map(int, match.groups())
-    return fraction(whole + Fraction(n, d)) if 0 < n < d else match[0]
-
-
-def same_answer(a: str, b: str) -> bool:
-    """Whether two MATH answers are the same, as normal_form writes them; an empty one never is."""
-    a, b = normal_form(a), normal_form(b)
-    return a == b and a != ""
-
-
-def boxed(text: str) -> str | None:
-    """What the last whole \\boxed{...} holds, braces nested as they come; None without one."""
-    opened, last = [], (-1, -1)
-    for match in BOX.finditer(text):
-        if match[0] == "}":
-            start = opened.pop() if opened else None
-            last = max(last, (start, match.start())) if start is not None else last
-        elif match[0][-1] == "{" and match[0] != r"\{":
-            opened.append(match.end() if match[0] != "{" else None)
-    return text[last[0]:last[1]].strip() if last[0] >= 0 else None
-
-
 # ---------------------------------------------------------------- programs
 
 SANDBOX = str(Path(__file__).with_name("sandbox.py"))
-FENCE = re.compile(r"^([ \t]*+)(`{3,}+|~{3,}+)[^\n`]*+\n(.*?)(?:^[ \t]*+\2|\Z)",
+FENCE = re.compile(r"^([^\n`~]*+)(`{3,}+|~{3,}+)[^\n`]*+\n(.*?)(?:^[ \t]*+\2|\Z)",
                    re.DOTALL | re.MULTILINE)
 DEFINES = re.compile(r"^(?:async def|def|class) +(\w+)", re.MULTILINE)
 IMPORT = re.compile(r"^(?:import|from) .*", re.MULTILINE)
@@ -159,14 +47,35 @@ def code_of(answer: str, wanted: str = "") -> str:
     that defines anything, else any. The last one, because first tries and pieces stand before it;
     examples of use and the model's own tests, which may follow, define nothing that is wanted.
     Without a fence it is the whole answer, with its leading blanks (the rest of a function may be
-    all there is). A block that is never closed ends with the answer.
+    all there is), or from the first line of code on. A block that is never closed ends with the
+    answer.
     """
     names = set(re.findall(r"\w+", wanted))
-    blocks = [re.sub(f"^{indent}", "", block, flags=re.MULTILINE)
-              for indent, _, block in FENCE.findall(answer)]
+    answer = re.sub(r"\[/?PYTHON\]", "```", answer)
+    blocks = [re.sub(f"^{' ' * len(before)}", "", block, flags=re.MULTILINE)
+              for before, _, block in FENCE.findall(answer) if block.strip()]
+    bare = re.sub(r"^ *```.*\n?", "", answer, flags=re.MULTILINE)            # a closing fence alone
+    first = re.search(r"^(?:from|import|async def|def|class|@)\s*\S.*", bare, re.MULTILINE)
+    if first and not compiles(bare) and not bare.startswith((" ", "\t")):
+        bare = bare[first.start():]                                          # after some prose
     defining = [block for block in blocks if DEFINES.search(block)]
-    wanted = [block for block in defining if names & set(DEFINES.findall(block))]
-    return (wanted or defining or blocks or [answer])[-1]
+    named = [block for block in defining if names & set(DEFINES.findall(block))]
+    return (named or defining or blocks or [bare])[-1]
+
+
+def compiles(program: str) -> bool:
+    try:
+        compile(program, "program.py", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def as_body(code: str) -> str:
+    """The rest of a function whose first line, or all of them, lost their indentation."""
+    first, _, rest = code.lstrip("\n").partition("\n")
+    lines = [first.strip(), *textwrap.dedent(rest).split("\n")]
+    return textwrap.indent("\n".join(lines), "    ")
 
 
 def humaneval_program(problem: dict, answer: str) -> dict:
@@ -176,6 +85,8 @@ def humaneval_program(problem: dict, answer: str) -> dict:
     It ends inside the function: an answer with only the rest of the function goes on from there.
     """
     code, entry = code_of(answer, problem["entry_point"]), problem["entry_point"]
+    if not DEFINES.search(code) and not compiles(problem["prompt"] + code):
+        code = as_body(code)
     future = "".join(FUTURE.findall(code))                   # has to be a program's first line
     return {"answer": f"{future}{problem['prompt']}{FUTURE.sub('', code)}\n",
             "helpers": problem["prompt"], "names": [entry],

@@ -80,13 +80,22 @@ def pair_outputs(ours: list[dict], theirs: list[dict]) -> list[dict]:
              "subset": a.get("dataset", b.get("dataset"))} for i, (a, b) in enumerate(both)]
 
 
-def read_annotations(path: str) -> list[tuple[float | None, str | None]]:
+def read_annotations(path: str, name: str | None = None) -> list[tuple[float | None, str | None]]:
     """Preference - 1 (None: the judge failed) and subset of each of AlpacaEval's annotations.
 
-    1 is for generator_1, 2 for generator_2, between them weighted; 0 and 1.5 are draws.
+    1 is for generator_1, 2 for generator_2, between them weighted; 0 and 1.5 are draws. A file with
+    several generator_2 (AlpacaEval's own cache) needs the name of one.
     """
-    values = []
-    for where, entry in read_entries(path):
+    values, entries = [], read_entries(path)
+    names = sorted({str(e.get("generator_2")) for _, e in entries if isinstance(e, dict)})
+    if name is None and len(names) > 1:
+        raise InputError(f"{path} judges {len(names)} models ({', '.join(names[:5])}"
+                         f"{', ...' * (len(names) > 5)}): choose one with --generator NAME")
+    if name is not None and name not in names:
+        raise InputError(f"{path}: no generator_2 {name!r} in it")
+    for where, entry in entries:
+        if name is not None and isinstance(entry, dict) and str(entry.get("generator_2")) != name:
+            continue
         preference = entry.get("preference", "none") if isinstance(entry, dict) else "none"
         number = isinstance(preference, (int, float)) and not isinstance(preference, bool)
         if preference is not None and not (number and (preference == 0 or 1 <= preference <= 2)):
@@ -102,7 +111,7 @@ def read_annotations(path: str) -> list[tuple[float | None, str | None]]:
 
 def questions(pairs: list[dict], done: list[dict]):
     """(pair, whether a is shown first) for each of both orders that has no verdict yet."""
-    had = {(record["item"], record["first"]) for record in done}
+    had = {(r["item"], r["first"]) for r in done if r["preference"] is not None}
     return [(pair, first == "a") for pair in pairs for first in "ab" if (pair["item"], first)
             not in had]
 
@@ -176,7 +185,8 @@ class Endpoint:
     """Chat completions of an OpenAI-compatible server. The key goes into one header and no further:
     not through redirects (all are refused), not into messages, not into what is stored."""
 
-    def __init__(self, url: str, model: str, *, max_tokens: int = 1024, seconds: float = 120):
+    def __init__(self, url: str, model: str, *, max_tokens: int = 1024, seconds: float = 120,
+                 fields: dict | None = None):
         if not re.fullmatch(r"https?://(\[[\w:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", url, re.A):
             raise InputError("--judge: a plain URL as http://localhost:8000/v1 is needed; the key "
                              f"comes from the environment variable {KEY} alone")
@@ -186,6 +196,7 @@ class Endpoint:
         suffix = "/chat/completions"
         self.url = url.rstrip("/").removesuffix(suffix) + suffix
         self.model, self.max_tokens, self.seconds = model, max_tokens, seconds
+        self.fields = fields or {}                                  # of a request; None: left out
         self.stop = threading.Event()                               # ends waiting
         self.opener = urllib.request.build_opener(NoRedirect)
 
@@ -196,7 +207,8 @@ class Endpoint:
         InputError where no question can work: wrong key, wrong address, a redirect.
         """
         body = {"model": self.model, "messages": [{"role": "user", "content": text}],
-                "temperature": 0, "max_tokens": self.max_tokens}
+                "temperature": 0, "max_tokens": self.max_tokens} | self.fields
+        body = {key: value for key, value in body.items() if value is not None}
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
@@ -204,7 +216,7 @@ class Endpoint:
             wait = BACKOFF * 2 ** attempt
             try:
                 with self.opener.open(request, timeout=self.seconds) as response:
-                    content = content_of(json.loads(response.read(2 ** 22)))
+                    content = content_of(json.loads(self._read(response)))
                     return None if content is None else self._hide(content)
             except urllib.error.HTTPError as error:
                 with error:
@@ -222,6 +234,15 @@ class Endpoint:
             if wait > LONGEST_WAIT or attempt == TRIES - 1 or self.stop.wait(wait):
                 break
         raise Unanswered(f"{self.url}: {' '.join(reason.split())}")
+
+    def _read(self, response) -> bytes:
+        """A whole reply; TimeoutError where it takes longer than it may (a server can trickle)."""
+        deadline, text = time.monotonic() + self.seconds, b""
+        while piece := response.read1(2 ** 16):
+            text += piece
+            if time.monotonic() > deadline or len(text) > 2 ** 22:
+                raise TimeoutError(f"no whole reply in {self.seconds:g} s")
+        return text
 
     def _hide(self, text: str) -> str:
         """What a server said, fit to be written down: without our key, without half characters."""
@@ -249,7 +270,9 @@ def content_of(reply) -> str | None:
     try:
         content = reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise ValueError("no chat completion") from None
+        error = reply.get("error") if isinstance(reply, dict) else None
+        said = error.get("message") if isinstance(error, dict) else error
+        raise ValueError(f"no chat completion{f', but: {said}' if said else ''}") from None
     if content is not None and not isinstance(content, str):
         raise ValueError("no chat completion")
     return content
@@ -276,12 +299,55 @@ def parse_preference(reply: str | None) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
+def read_fields(text: str | None) -> dict:
+    """--judge-fields: further fields of a request."""
+    try:
+        fields = json.loads(text or "{}")
+    except ValueError as error:
+        raise InputError(f"--judge-fields: {error}") from None
+    if not isinstance(fields, dict):
+        raise InputError("--judge-fields must be a JSON object")
+    return fields
+
+
+def latest(records: list[dict]) -> list[dict]:
+    """Of each question the last record: one that was asked again counts once."""
+    return list({(record["item"], record["first"]): record for record in records}.values())
+
+
+def report_unparsed(records: list[dict]):
+    """How many replies could not be parsed, and one of them."""
+    unparsed = [r for r in latest(records) if r["preference"] is None]
+    if unparsed:
+        said = unparsed[0].get("reply")
+        print(f"{len(unparsed)} replies could not be parsed, for example "
+              f"{'an empty one' if not said else repr(said[-100:])}; the same command asks again")
+
+
+def report_orders(records: list[dict]):
+    """How often both orders of a pair gave the same verdict, and whether the place decided."""
+    by_item, first = {}, []
+    for record in latest(records):
+        if record["preference"] is not None and record["first"]:
+            by_item.setdefault(record["item"], []).append(record["preference"])
+            x = record["preference"] - 1                            # 1: a is preferred
+            first.append(x if record["first"] == "a" else 1 - x)
+    both = [values for values in by_item.values() if len(values) == 2]
+    if not both:
+        return
+    agree = sum((x > 1.5) - (x < 1.5) == (y > 1.5) - (y < 1.5) for x, y in both)
+    share = sum(first) / len(first)
+    print(f"the two orders agree on {agree} of {len(both)} pairs; the answer shown first is "
+          f"preferred in {share:.0%}" + ("" if abs(share - 0.5) < 0.15 else
+          ": this judge goes by the place, and its win-rate says little"))
+
+
 def by_endpoint(endpoint: Endpoint, prompt: str, pairs: list[dict], done: list[dict], write,
                 concurrency: int) -> int:
     """Ask what has no verdict yet, `concurrency` at a time; returns how many got no reply.
 
-    A reply that cannot be read was paid for: its verdict is None, and it is not asked again. A
-    question without a reply is left open for the next time; IN_A_ROW of them end the command.
+    A reply that cannot be parsed has no verdict, and the next command asks again, as it does where
+    there was no reply. IN_A_ROW questions without a reply end the command.
     """
     lock, row = threading.Lock(), 0
 

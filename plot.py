@@ -111,7 +111,8 @@ def curves(folders: list[str], out: str):
                 steps = sorted(set.intersection(*map(set, tables))) if tables else []
                 mean = [sum(table[step] for table in tables) / len(tables) for step in steps]
                 axis.plot(steps, mean, style, color=f"C{color}", linewidth=1.8)
-            axis.plot([], [], color=f"C{color}", label=f"{label} ({len(runs)})")
+            name = label.replace("$", r"\$")
+            axis.plot([], [], color=f"C{color}", label=f"{name} ({len(runs)})")
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
         if any(word in title for word in ("accuracy", "share", "win-rate")):
@@ -134,9 +135,12 @@ def bars(paths: list[str], out: str):
     Where there is a single measure, its subsets (AlpacaEval's five, carry classes) follow it.
     """
     plt = pyplot()
-    sides = {Path(path).name.removesuffix(".jsonl"): read_results(path) for path in paths}
-    if len(sides) < len(paths):
+    names = [Path(path).name.removesuffix(".jsonl") for path in paths]
+    if len(set(names)) < len(names):                         # A/gsm8k.jsonl and B/gsm8k.jsonl
+        names = [Path(path).absolute().parent.name for path in paths]
+    if len(set(names)) < len(names):
         raise InputError("two of the paths have the same name, which the legend needs")
+    sides = {name.replace("$", r"\$"): read_results(path) for name, path in zip(names, paths)}
     labels = sorted({label for side in sides.values() for label in side})
     groups = {label: {name: list(side[label]["values"].values())
                       for name, side in sides.items() if label in side} for label in labels}
@@ -157,12 +161,16 @@ def bars(paths: list[str], out: str):
         axis.bar(at, means, width, yerr=reach, capsize=3, label=name, color=f"C{number}")
         for x, mean, (_, high) in zip(at, means, ends):
             axis.text(x, high + 1, f"{mean:.1f}", ha="center", fontsize=8)
-    axis.set_xticks(range(len(groups)), [textwrap.fill(label, 24) for label in groups], fontsize=8)
+    short = [label.partition(" against ")[0].replace("$", r"\$") for label in groups]
+    axis.set_xticks(range(len(groups)), [textwrap.fill(label, 16) for label in short], fontsize=8)
     axis.set_ylabel("per cent, 95 % interval")
-    axis.set_ylim(0, 110)
+    top = max(100 * interval(values)[1] for group in groups.values() for values in group.values())
+    axis.set_ylim(0, 1.15 * top)
+    if any(label.startswith("win-rate") for label in labels):
+        axis.axhline(50, color="black", linewidth=0.8, linestyle="--")       # neither is preferred
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))         # beside the bars
     figure.tight_layout()
     save(figure, out)
     print(f"{out}: {len(groups)} groups of bars, {len(sides)} bars each")

@@ -103,7 +103,7 @@ def interval(values: list[float]) -> list[float]:
         middle = (mean + square / (2 * n)) / (1 + square / n)
         width = 1.96 * math.sqrt(mean * (1 - mean) / n + square / (4 * n * n)) / (1 + square / n)
     else:
-        middle, width = mean, 1.96 * (error or 1.0)
+        middle, width = mean, 1.96 * (1.0 if error is None else error)
     return [max(0.0, middle - width), min(1.0, middle + width)]
 
 
@@ -123,6 +123,9 @@ def paired(base: list[float], run: list[float]) -> tuple[float, float, float]:
     """
     difference = np.subtract(run, base)                                      # (n,)
     random, n = np.random.default_rng(0), len(difference)
+    if np.ptp(difference) == 0:                      # what was never seen in n can be so frequent
+        width = 1 - 0.05 ** (1 / n)
+        return float(difference[0]), float(difference[0]) - width, float(difference[0]) + width
     means = [difference[random.integers(n, size=n)].mean() for _ in range(10_000)]
     return float(difference.mean()), *map(float, np.quantile(means, [0.025, 0.975]))
 
@@ -176,10 +179,11 @@ def item_values(header: dict, records: list[dict]) -> tuple[dict, dict]:
     the asked orders, and an item with a failed or missing one has none.
     """
     by_item, subsets = {}, {}
-    for record in records:
-        by_item.setdefault(record["item"], []).append(record)
+    for record in records:                 # of a question that was asked again, the last one
+        by_item.setdefault(record["item"], {})[record.get("first")] = record
     values, seen = {}, Counter()
     for _, group in sorted(by_item.items()):
+        group = list(group.values())
         query = group[0]["query"]
         seen[query] += 1
         key = (query, seen[query])

@@ -13,8 +13,10 @@ Left open there and decided here: an unparsed score takes the mean of its query'
 (fill_unparsed). The verdict is arXiv 2509.19249's, 0 or 1: is a prediction right (rlpt.py)?
 Shapes: M pairs of texts, N queries, G answers a query, S possible scores, D hidden size.
 """
+import logging
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -310,26 +312,77 @@ NUMBER = re.compile(r"(?<![0-9A-Za-z)])-\$?(?=[.]?[0-9])"
                     r"|[0-9]++(?:\.[0-9]+)?|\.[0-9]+")
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last number of a text as GSM8K writes them ($1,234.50, -3, 42., \\boxed{7}), or None."""
+def numbers(text: str) -> Iterator[Decimal]:
+    """The numbers of a text as GSM8K writes them ($1,234.50, -3, 42., \\boxed{7}), in order."""
+    minus = None
     # LaTeX's thousands comma, the minus sign.
-    text = text.replace("{,}", ",").replace("\u2212", "-")
-    before = last = None
-    for match in NUMBER.finditer(text):
-        before, last = last, match
-    if last is None:
-        return None
-    # A minus sign is a match of its own, and the number follows at once.
-    minus = before is not None and before[0][0] == "-" and before.end() == last.start()
-    return Decimal("-" * minus + last[0].replace(",", ""))
+    for match in NUMBER.finditer(text.replace("{,}", ",").replace("\u2212", "-")):
+        if match[0][0] == "-":             # a match of its own, and the number follows at once
+            minus = match.end()
+            continue
+        yield Decimal("-" * (minus == match.start()) + match[0].replace(",", ""))
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number that a text gives as its answer, or None: the first one behind the first "####",
+    which is GSM8K's own rule, whatever comes after it; without that marker the last one in the last
+    \\boxed{}, else the last one of the text."""
+    _, marker, answer = text.partition("####")
+    if marker:
+        return next(numbers(answer), None)
+    held = list(numbers(boxed(text) or "")) or list(numbers(text))
+    return held[-1] if held else None
+
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{)?|\\.|[{}]", re.DOTALL)
+
+
+def boxed(text: str) -> str | None:
+    """What the last whole \\boxed{...} or \\fbox{...} holds, braces nested, and the word
+    behind a \\boxed without braces; None without one."""
+    opened, last = [], (-1, -1)
+    for match in BOX.finditer(text):
+        if match[0] == "}":
+            start = opened.pop() if opened else None
+            last = max(last, (start, match.start())) if start is not None else last
+        elif match[0] == "{" or match[1]:
+            opened.append(match.end() if match[1] else None)
+        elif match[0][1:4] in ("box", "fbo") and (word := re.match(r"\S+", text[match.end():])):
+            last = max(last, (match.end(), match.end() + word.end()))
+    return text[last[0]:last[1]].strip() if last[0] >= 0 else None
+
+
+def same_value(answer: str, gold: str) -> bool:
+    """Whether two MATH answers, as LaTeX without dollars, have the same value: math-verify's word.
+    InputError where that package is absent."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        raise InputError("MATH answers are compared by math-verify: pip install "
+                         "'math-verify[antlr4_13_2]'") from None
+    if max(len(answer), len(gold)) > 300:                # no answer, and work without end
+        return False
+    # math-verify limits its time by an alarm, which only a main thread can set.
+    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    values = [parse(f"\\boxed{{{x}}}", parsing_timeout=seconds) for x in (gold, answer)]
+    return bool(all(values)) and bool(verify(*values, timeout_seconds=seconds))
 
 
 def exact(queries: list[str], answers: list[str], golds: list[str]) -> Tensor:
-    """1.0 where the answer's last number equals the gold answer's, else 0.0: (M,) fp32."""
-    right = [(n := last_number(a)) is not None and n == last_number(g)
+    """1.0 where the answer's final number equals the gold answer's, else 0.0: (M,) fp32."""
+    right = [(n := final_number(a)) is not None and n == final_number(g)
              for a, g in zip(answers, golds)]
     return torch.tensor(right, dtype=torch.float32)
 
 
-CHECKS = {"exact": exact, "tiny": tiny_world.reward}           # by name
-NEED_GOLD = ("exact",)
+def math_answers(queries: list[str], answers: list[str], golds: list[str]) -> Tensor:
+    """1.0 where what the answer boxes has the gold answer's value, else 0.0: (M,) fp32."""
+    right = [(said := boxed(a)) is not None and same_value(said, g) for a, g in zip(answers, golds)]
+    return torch.tensor(right, dtype=torch.float32)
+
+
+CHECKS = {"exact": exact, "math": math_answers, "tiny": tiny_world.reward}           # by name
+# Which need a gold answer, and what one must be.
+NEED_GOLD = {"exact": ("a number", lambda gold: final_number(gold) is not None),
+             "math": ("a text", lambda gold: gold.strip() != "")}

@@ -14,7 +14,7 @@ Shapes: B rows (one per completion) still in the batch, V vocabulary, b tokens o
 import math
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -93,15 +93,20 @@ def sample(model: Llama, prompts: list[list[int]], *, num_samples: int = 1,
             logp[rows[inside], step] = token_logp.to(logp.dtype)
     done = []
     tokens, logp = tokens.tolist(), logp.tolist()
-    if any(math.isnan(x) for i in mine for x in logp[i]):
-        raise InputError("the model's logits are not finite: its weights are broken, or training "
-                         "has diverged (a lower --learning-rate may help)")
+    check_finite(x for i in mine for x in logp[i])
     for i in mine:
         said, likely, limit = tokens[i], logp[i], limits[i]
         end = next((t + 1 for t in range(limit) if said[t] in stop_ids), limit)
         done.append(Completion(said[:end], likely[:end], said[end - 1] in stop_ids))
     done = gather(done)
     return [done[i:i + num_samples] for i in range(0, total, num_samples)]
+
+
+def check_finite(logp: Iterable[float]):
+    """InputError where log-probs are NaN: no such model can play."""
+    if any(map(math.isnan, logp)):
+        raise InputError("the model's logits are not finite: its weights are broken, or training "
+                         "has diverged (a lower --learning-rate may help)")
 
 
 def take_batch(waiting: list, room, budget: int) -> list:
@@ -272,8 +277,9 @@ def stream(model: Llama, tokenizer: Tokenizer, messages: list[dict], *, max_new_
     if room < 1:
         raise InputError(f"the conversation has {len(prompt)} tokens, the model's context "
                          f"{model.config.max_position_embeddings}")
-    for _, token, _ in decode(model, [prompt], limits=[min(max_new_tokens, room)], seeds=[seed],
+    for _, token, logp in decode(model, [prompt], limits=[min(max_new_tokens, room)], seeds=[seed],
                               temperature=temperature, stop_ids=tokenizer.stop_ids):
+        check_finite(logp.tolist())
         if token.item() in tokenizer.stop_ids:
             break
         ids.append(token.item())

@@ -285,16 +285,68 @@ def test_one_question_without_reply_is_left_open_and_does_not_stop_the_others(
     assert winrate(monkeypatch, capsys, *command)["n"] == 6 and len(server.requests) == 14
 
 
-def test_a_reply_that_cannot_be_read_counts_as_failed_and_is_not_asked_again(
+def test_a_reply_that_cannot_be_parsed_is_counted_shown_and_asked_again(
         serve, monkeypatch, capsys, tmp_path):
     strange = {"question 0": "I like both.", "question 2": None, "question 4": "\ud800"}
     server = serve(lambda q, number: next(
         ((200, {}, completion(said), 0) for name, said in strange.items() if name in q),
         fair(q, number)))
     command = (*write_outputs(tmp_path), "--judge", server.url, "--judge-model", "m")
-    for _ in range(2):
+    for asked in (12, 18):
         figures = winrate(monkeypatch, capsys, *command)
-        assert figures["n"] == 3 and figures["failed"] == 3 and len(server.requests) == 12
+        assert figures["n"] == 3 and figures["failed"] == 3 and len(server.requests) == asked
+        assert "6 replies could not be parsed, for example " in figures["said"]
+    strange.clear()
+    assert winrate(monkeypatch, capsys, *command)["n"] == 6 and len(server.requests) == 24
+
+
+def test_the_agreement_of_the_two_orders_is_reported_and_a_judge_of_places_is_named(
+        serve, monkeypatch, capsys, tmp_path):
+    server = serve(lambda q, number: (200, {}, completion("Better: 1"), 0))
+    said = winrate(monkeypatch, capsys, *write_outputs(tmp_path), "--judge", server.url,
+                   "--judge-model", "m")["said"]
+    assert "the two orders agree on 0 of 6 pairs; the answer shown first is preferred in 10" in said
+    assert "this judge goes by the place" in said
+    judges.report_orders([{"item": 0, "first": x, "preference": 1} for x in "ab"])
+    out = capsys.readouterr().out
+    assert "agree on 1 of 1 pairs" in out and "preferred in 50%" in out and "place" not in out
+
+
+def test_an_error_behind_status_200_is_shown_and_a_trickle_is_cut_off(serve, monkeypatch):
+    monkeypatch.setattr(judges, "BACKOFF", 0)
+    server = serve(lambda q, number: (200, {}, b'{"error": {"message": "overloaded"}}', 0))
+    with pytest.raises(judges.Unanswered, match="no chat completion, but: overloaded"):
+        judges.Endpoint(server.url, "m").ask("x")
+
+    class Trickle:
+        def read1(self, size):
+            time.sleep(0.05)
+            return b"x"
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match="no whole reply in 0.2 s"):
+        judges.Endpoint(server.url, "m", seconds=0.2)._read(Trickle())
+    assert time.monotonic() - begun < 2
+
+
+def test_further_fields_of_a_request_are_added_and_null_leaves_one_out(serve):
+    server = serve(lambda q, number: (200, {}, completion("Better: 1"), 0))
+    fields = judges.read_fields('{"max_completion_tokens": 9, "max_tokens": null}')
+    judges.Endpoint(server.url, "m", fields=fields).ask("question 1")
+    body = server.requests[0][2]
+    assert body["max_completion_tokens"] == 9 and "max_tokens" not in body
+    with pytest.raises(InputError, match="--judge-fields"):
+        judges.read_fields("[1]")
+
+
+def test_annotations_of_several_models_need_a_name(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"generator_2": name, "preference": p}
+                                for name, p in (("good", 2), ("bad", 1)) for _ in range(3)]))
+    with pytest.raises(InputError, match=r"judges 2 models \(bad, good\): choose one with"):
+        judges.read_annotations(str(file))
+    assert judges.read_annotations(str(file), "good") == [(1, None)] * 3
+    with pytest.raises(InputError, match="no generator_2 'x'"):
+        judges.read_annotations(str(file), "x")
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

@@ -654,7 +654,7 @@ def test_dtypes_are_read_as_transformers_reads_them(tmp_path, dtype):
 def test_prompts_may_be_messages(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": [{"role": "user", "content": "What is 1 + 2?"}], "answer": "3"}')
-    assert read_data(str(file), gold=True) == [("What is 1 + 2?", "3")]
+    assert read_data(str(file), gold=rewards.NEED_GOLD["exact"]) == [("What is 1 + 2?", "3")]
 
 
 def test_a_run_is_resumed_elsewhere_by_its_checkpoint_and_with_a_moved_model(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ and numbers as GSM8K writes them."""
 import math
 import random
 import re
+import sys
 import time
 
 import pytest
@@ -14,7 +15,7 @@ import rewards
 from chat import Tokenizer, without_tags
 from files import HERE, InputError, read_prompt
 from model import load_model
-from rewards import exact, fill_unparsed, last_number, parse_self_reward
+from rewards import boxed, exact, fill_unparsed, final_number, parse_self_reward
 from sample import Completion
 
 SEVEN = "<Calculation>1+0+1+0+1+1+0=4</Calculation>"
@@ -305,12 +306,42 @@ def test_the_expected_reading_needs_one_token_a_digit(judge, monkeypatch):
     ("18 dollars", "18", True),
     ("It is 42 or 43", "42", False), ("", "42", False), ("none", "42", False), ("4.2", "42", False),
     ("420", "42", False),
-    ("５", "5", False), ("-42", "42", False), ("1,23", "123", False)])
-def test_the_last_number_decides(answer, gold, right):
+    ("５", "5", False), ("-42", "42", False), ("1,23", "123", False),
+    # The first number behind the first marker, whatever comes after it.
+    ("#### 48 m^2", "48", True), ("#### 48 eggs a day, or 336 a week", "48", True),
+    ("#### 48\n\nProblem: 3 apples.\n#### 2", "48", True), ("#### none, or 7\n8", "7", True),
+    ("12 ####", "12", False), ("\\boxed{18} dollars per 2 weeks", "18", True)])
+def test_the_final_number_decides(answer, gold, right):
     assert exact(["q"], [answer], [gold]).item() == right
 
 
-def test_last_number_of_gsm8k_gold_answers():
+@pytest.mark.parametrize("text, held", [
+    (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} then \boxed{{2}}.", "{2}"),
+    (r"\boxed{4} and \boxed{5", "4"), (r"so \boxed 5", "5"), (r"so \fbox{42}", "42"), ("5", None),
+    (r"\boxed{\text{a \} b}}", r"\text{a \} b}")])
+def test_a_box_holds_nested_braces_and_the_last_whole_one_counts(text, held):
+    assert boxed(text) == held
+
+
+@pytest.mark.parametrize("answer, gold, same", [
+    (r"\dfrac12", r"\frac{1}{2}", True), ("0.5", r"\frac{1}{2}", True), ("x + 1", "1 + x", True),
+    ("11", "10", False), ("2 1/2", r"\frac{21}{2}", False), ("", "1", False),
+    ("1" * 500, "1", False),
+    ("(1,2)", "(2,1)", False), (r"\sqrt{8}", r"2\sqrt{2}", True)])
+def test_math_answers_are_compared_by_their_values(answer, gold, same):
+    pytest.importorskip("math_verify")
+    assert rewards.same_value(answer, gold) == same
+    R = rewards.math_answers(["q"] * 2, [rf"so \boxed{{{answer}}}", answer], [gold] * 2)
+    assert R.tolist() == [float(same), 0.0]                    # what is not boxed is no answer
+
+
+def test_without_math_verify_a_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(InputError, match="pip install 'math-verify"):
+        rewards.same_value("1", "1")
+
+
+def test_the_final_number_of_gsm8k_gold_answers():
     text = ("Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
             "Altogether <<48+24=72>>72 clips.\n#### 1,072")
-    assert last_number(text) == 1072 and last_number("no number") is None
+    assert final_number(text) == 1072 and final_number("no number") is None

@@ -12,6 +12,7 @@ from conftest import ROOT
 import cli
 import logprobs
 import lsp
+import rewards
 import settings
 import train
 from data import draw, read_data
@@ -222,9 +223,9 @@ def test_prompts_are_read_from_lists_and_lines_under_their_four_names(tmp_path):
              '{"instruction": "Sum", "input": "1 2"}\r\n'
              '{"instruction": "Say", "input": ""}\n{"problem": "p", "answer": 4}\n{"prompt": "q"}')
     data = [("a\u2028b", "#### 3"), ("Sum\n\n1 2", None), ("Say", None), ("p", "4"), ("q", None)]
-    assert read_data(write(tmp_path, lines), gold=False) == data
+    assert read_data(write(tmp_path, lines), gold=None) == data
     listed = "[" + ",".join(line for line in lines.replace("\r", "").split("\n") if line) + "]"
-    assert read_data(write(tmp_path, "\ufeff " + listed), gold=False) == data
+    assert read_data(write(tmp_path, "\ufeff " + listed), gold=None) == data
 
 
 @pytest.mark.parametrize("text, message", [
@@ -240,7 +241,7 @@ def test_prompts_are_read_from_lists_and_lines_under_their_four_names(tmp_path):
 ])
 def test_bad_prompts_name_the_line(tmp_path, text, message):
     with pytest.raises(InputError, match=message):
-        read_data(write(tmp_path, text), gold=True)
+        read_data(write(tmp_path, text), gold=rewards.NEED_GOLD["exact"])
 
 
 def test_prompts_come_once_an_epoch_each_time_in_another_order():
