@@ -19,20 +19,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import benchmarks
-import grade
-import judges
-import plot
-import results
 import rewards
-from chat import Tokenizer
-from cli import Parser, run_script
-from config import parse_config
-from data import EVALUATE, generator
-from files import HERE, InputError, find_model, pick_device, prompt_file, read_json, read_prompt
+from evals import benchmarks, grade, judges, plot, results
+from evals.results import append_line, read_lines
 from model import load_model
-from results import append_line, read_lines
-from runs import write_json
+from plumbing.chat import Tokenizer
+from plumbing.cli import Parser, run_script
+from plumbing.config import parse_config
+from plumbing.data import EVALUATE, generator
+from plumbing.files import (
+    HERE,
+    InputError,
+    find_model,
+    pick_device,
+    prompt_file,
+    read_json,
+    read_prompt,
+)
+from plumbing.runs import write_json
 from sample import Completion, check_finite, decode, text_of
 
 # ---------------------------------------------------------------- answers
@@ -273,6 +277,9 @@ def make_parser() -> Parser:
     three.add_argument("--concurrency", type=int, default=4, help="questions at a time, to a URL")
     three.add_argument("--batch", type=int, default=16, help="pairs judged together")
     three.set_defaults(run=winrate)
+    six = commands.add_parser("reference", help="run HumanEval's or MBPP's reference solutions")
+    six.add_argument("file", help="the data set, a JSON list or JSON lines")
+    six.set_defaults(run=lambda args: grade.run_references(args.file))
     for command in (one, two, three):
         command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
 

@@ -9,17 +9,17 @@ from types import ModuleType
 
 import torch
 
-import ranks
 import rewards
 import rlpt
-from chat import Tokenizer, fill
-from data import check_data, opening, read_data
-from files import InputError, find_model, pick_device, prompt_file, read_prompt
-from memory import Stage, rest
 from model import Llama, load_model, read_config
-from phases import Phases
-from settings import Settings
-from texts import Texts
+from plumbing import ranks
+from plumbing.chat import Tokenizer, fill
+from plumbing.data import check_data, opening, read_data
+from plumbing.files import InputError, find_model, pick_device, prompt_file, read_prompt
+from plumbing.memory import Stage, rest
+from plumbing.phases import Phases
+from plumbing.settings import Settings
+from plumbing.texts import Texts
 from tiny import world as tiny_world
 
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 import lsp
-from cache import pad, shared_forward
 from game import Game
-from logprobs import log_probs
-from memory import MasterAdamW
 from model import Llama
+from plumbing.cache import pad, shared_forward
+from plumbing.logprobs import log_probs
+from plumbing.memory import MasterAdamW
 from sample import Completion, take_batch
 
 

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cache import Cache, Continuation, Prompts
+from plumbing.cache import Cache, Continuation, Prompts
 
 # A checkpoint is weights and tokenizer: one room opens both.
-from chat import Tokenizer  # noqa: F401
-from config import Config, parse_config
-from files import POINTER, PROMPTS, InputError, inside, read_json
+from plumbing.chat import Tokenizer  # noqa: F401
+from plumbing.config import Config, parse_config
+from plumbing.files import POINTER, PROMPTS, InputError, inside, read_json
 
 # What save_model carries over from the source directory,
 # so that a checkpoint is complete by itself.

@@ -25,12 +25,12 @@ from os.path import commonprefix
 import torch
 from torch import Tensor
 
-import ranks
-from cache import shared_forward
-from chat import Tokenizer, fill, fit, without_tags
-from cli import RunStopped
-from files import InputError
 from model import Llama, load_model
+from plumbing import ranks
+from plumbing.cache import shared_forward
+from plumbing.chat import Tokenizer, fill, fit, without_tags
+from plumbing.cli import RunStopped
+from plumbing.files import InputError
 from sample import sample, take_batch, text_of
 from tiny import world as tiny_world
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 import rewards
-from chat import Tokenizer, fill
-from data import EPISODE, draw, generator
-from files import InputError, prompt_file, read_prompt
 from model import Llama
-from texts import LONGEST, Texts, is_whole, segments
+from plumbing.chat import Tokenizer, fill
+from plumbing.data import EPISODE, draw, generator
+from plumbing.files import InputError, prompt_file, read_prompt
+from plumbing.texts import LONGEST, Texts, is_whole, segments
 
 START, END = "<|startofprediction|>", "<|endofprediction|>"
 TAG = re.compile(f"{re.escape(START)}|{re.escape(END)}")

@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cache import Cache, prefill
-from chat import Tokenizer, fill
-from cli import Parser, run_script
-from files import InputError, find_model, pick_device, prompt_file, read_prompt
 from model import Llama, load_model
-from ranks import gather, share
+from plumbing.cache import Cache, prefill
+from plumbing.chat import Tokenizer, fill
+from plumbing.cli import Parser, run_script
+from plumbing.files import InputError, find_model, pick_device, prompt_file, read_prompt
+from plumbing.ranks import gather, share
 
 
 @dataclass

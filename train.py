@@ -28,26 +28,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import cli
-import log
 import lsp
-import ranks
-import report
 import rewards
-import runs
-from chat import fit
-from data import CHALLENGE, JUDGE, NONCE, SOLVE, draw, generator
-from files import pick_device
+from evals.heldout import evaluate, evaluate_world
+from evals.results import read_lines
 from game import Game, set_up
 from gradient import Row, accumulate, culprits, refer, unsound
-from heldout import evaluate, evaluate_world
-from memory import MasterAdamW
 from model import save_model
-from phases import StopRequest, out_of_memory
-from results import read_lines
+from plumbing import cli, log, ranks, report, runs
+from plumbing.chat import fit
+from plumbing.data import CHALLENGE, JUDGE, NONCE, SOLVE, draw, generator
+from plumbing.files import pick_device
+from plumbing.memory import MasterAdamW
+from plumbing.phases import StopRequest, out_of_memory
+from plumbing.settings import Settings, resolve, run_name
 from rlpt import draw_episodes
 from sample import Completion, sample, text_of
-from settings import Settings, resolve, run_name
 
 # ----------------------------------------------------- challenge, solve, score, advantages
 

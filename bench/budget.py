@@ -23,17 +23,16 @@ import measure  # first: it puts the project's folder before bench/
 import torch
 from measure import Load
 
-import budget
-import phases
 import train
-from cli import run_script
-from config import parse_config
-from files import InputError
 from game import Game
-from memory import MasterAdamW
 from model import Llama
+from plumbing import budget, phases
+from plumbing.cli import run_script
+from plumbing.config import parse_config
+from plumbing.files import InputError
+from plumbing.memory import MasterAdamW
+from plumbing.settings import Settings
 from rewards import RewardModel
-from settings import Settings
 
 MODEL = Load("smollm2-135m")
 GAME = dict(model="random", reward="random", queries=16, answers=4, query_tokens=96,

@@ -1,6 +1,6 @@
 """Kill, starve and corrupt runs at random moments; each must end as if nothing had happened.
 
-    python bench/faults.py                    # bench/README.md's table; minutes are in its JSON
+    python bench/faults.py                    # docs/RESULTS.md's table; minutes are in its JSON
     python bench/faults.py --quick            # 8 kills, and one or two of all else, for the tests
 
 Every life of a run is a process of its own (forked, so that it need not import torch again) that
@@ -30,12 +30,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
 from checkpoints import write_checkpoint  # noqa: E402
 
-import cli  # noqa: E402
 import gradient  # noqa: E402
-import log  # noqa: E402
 import rewards  # noqa: E402
-import runs  # noqa: E402
 import train  # noqa: E402
+from plumbing import cli, log, runs  # noqa: E402
 
 STEPS = 20
 COMMON = ["--model", "m", "--queries", "2", "--answers", "2", "--query-tokens", "4",

@@ -35,11 +35,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from checkpoints import write_checkpoint  # noqa: E402
 
 import rewards  # noqa: E402
-from chat import Tokenizer  # noqa: E402
-from data import check_data, opening, read_data  # noqa: E402
-from files import InputError, prompt_file, read_prompt  # noqa: E402
 from model import load_model  # noqa: E402
-from settings import resolve  # noqa: E402
+from plumbing.chat import Tokenizer  # noqa: E402
+from plumbing.data import check_data, opening, read_data  # noqa: E402
+from plumbing.files import InputError, prompt_file, read_prompt  # noqa: E402
+from plumbing.settings import resolve  # noqa: E402
 from tiny import world  # noqa: E402
 
 SECONDS, MEMORY = 60, 512 * 2**20          # a file may take
@@ -387,7 +387,7 @@ def loaders(name: str, count: int, seed: int) -> dict:
 # ---------------------------------------------------------------- the campaign
 
 def table(report: dict) -> list[str]:
-    """bench/README.md's two tables."""
+    """docs/RESULTS.md's two tables."""
     lines = ["| parser | strings | failures | worst, ms | 1 MB of words, ms | worst 1 MB, ms "
              "| twice the input, times |", "|---" * 7 + "|"]
     for name, row in report.get("strings", {}).items():

@@ -27,19 +27,19 @@ import torch
 from measure import ROOT, Load
 from torch.profiler import ProfilerActivity, profile
 
-import report
-from chat import Tokenizer
-from cli import Parser, run_script
-from files import InputError, pick_device
+from evals.results import append_line
 from game import Game
 from gradient import Row, accumulate, completion_logp, refer
-from memory import MasterAdamW, Stage, rest
 from model import Llama, parse_config
-from phases import Phases, out_of_memory
-from results import append_line
+from plumbing import report
+from plumbing.chat import Tokenizer
+from plumbing.cli import Parser, run_script
+from plumbing.files import InputError, pick_device
+from plumbing.memory import MasterAdamW, Stage, rest
+from plumbing.phases import Phases, out_of_memory
+from plumbing.settings import ALGOS, MODELS, Settings, resolve
 from rewards import RewardModel
 from sample import Completion, sample
-from settings import ALGOS, MODELS, Settings, resolve
 from train import play, update
 
 SECTIONS = ("attention", "decode", "update", "logp", "step")

@@ -25,15 +25,15 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))             # before bench/, whose memory.py is not the project's
 
-from cli import Parser  # noqa: E402
-from files import InputError, read_json  # noqa: E402
+from evals.results import append_line  # noqa: E402
 from model import Llama, parse_config  # noqa: E402
-from results import append_line  # noqa: E402
+from plumbing.cli import Parser  # noqa: E402
+from plumbing.files import InputError, read_json  # noqa: E402
 
 
 def known(name: str) -> dict:
     """A shape of shapes/; what is not its geometry is said by config_of."""
-    raw = read_json(ROOT / "shapes" / name / "config.json")
+    raw = read_json(ROOT / "plumbing/shapes" / name / "config.json")
     return {key: value for key, value in raw.items() if key not in ("architectures", "dtype")}
 
 

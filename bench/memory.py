@@ -23,7 +23,7 @@ import step
 import torch
 from measure import Load
 
-from cli import run_script
+from plumbing.cli import run_script
 
 PREPARE = {"sampler": sampler.prepare, "update": step.prepare_update, "grpo": step.prepare_grpo}
 # A peer beside ours: in it the (B, T, V) tensors must show, else the measurement is blind.

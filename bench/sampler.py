@@ -15,7 +15,7 @@ import measure  # first: it puts the project's folder before bench/
 import torch
 from measure import Load
 
-from cli import run_script
+from plumbing.cli import run_script
 from sample import sample
 
 SIDES = ("ours", "transformers")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import runs  # noqa: E402
+from plumbing import runs  # noqa: E402
 
 FLAGS = ["--queries", "2", "--answers", "2", "--learning-rate", "1e-6", "--eval-every", "100",
          "--device", "cpu"]

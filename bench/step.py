@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 import lsp
 import train
-from chat import Tokenizer
-from cli import run_script
 from gradient import Row, accumulate, refer
-from memory import MasterAdamW
+from plumbing.chat import Tokenizer
+from plumbing.cli import run_script
+from plumbing.memory import MasterAdamW
+from plumbing.settings import Settings
 from sample import Completion
-from settings import Settings
 from train import Game
 
 PEERS = ("transformers-full", "transformers-kept", "trl-head")             # of the update

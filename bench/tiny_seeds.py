@@ -1,4 +1,4 @@
-"""The embedded world over many seeds: every run of its figure and its table in bench/README.md.
+"""The embedded world over many seeds: every run of its figure and its table in docs/RESULTS.md.
 
     python bench/tiny_seeds.py --seeds 1001 1002 1003 1004 1005       # about an hour on two cores
     python bench/tiny_seeds.py --seeds 1001 1002 1003 1004 1005 --print     # what is there
@@ -88,7 +88,7 @@ def span(rows: list[dict], key: str) -> str:
 
 
 def table(names: list[str], seeds: list[int], results: Path) -> tuple[list[str], dict]:
-    """bench/README.md's table, a line a setting, and the means of all figures."""
+    """docs/RESULTS.md's table, a line a setting, and the means of all figures."""
     heads = [*map(str, seeds), "no-carry", "malformed", "peak carry share", "R"]
     lines = [f"| setting | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     means = {}

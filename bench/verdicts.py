@@ -17,11 +17,11 @@ sys.path[:1] = [str(Path(__file__).resolve().parent.parent)]         # not bench
 import torch  # noqa: E402
 
 import rewards  # noqa: E402
-from chat import Tokenizer  # noqa: E402
-from cli import Parser, run_script  # noqa: E402
-from files import find_model, pick_device, prompt_file, read_prompt  # noqa: E402
 from model import load_model  # noqa: E402
-from texts import Texts  # noqa: E402
+from plumbing.chat import Tokenizer  # noqa: E402
+from plumbing.cli import Parser, run_script  # noqa: E402
+from plumbing.files import find_model, pick_device, prompt_file, read_prompt  # noqa: E402
+from plumbing.texts import Texts  # noqa: E402
 
 KINDS = {"first": True, "first two": True, "second": False, "another": False}
 

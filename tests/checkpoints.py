@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from files import HERE
 from model import Llama, parse_config
+from plumbing.files import HERE
 
 TOKENIZER = HERE / "tests/data/tokenizer"
 PLAIN = {

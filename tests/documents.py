@@ -18,22 +18,22 @@ from pathlib import Path
 from conftest import ROOT
 
 DOCUMENTS = {name: (ROOT / name).read_text()
-             for name in ("README.md", "COURSE.md", "MANUAL.md", "bench/README.md")}
-EXERCISES = {f"exercises/{file.name}": ast.get_docstring(ast.parse(file.read_text())) for file in
-             sorted((ROOT / "exercises").glob("*.py"))}
+             for name in ("README.md", "course/COURSE.md", "docs/MANUAL.md", "docs/RESULTS.md")}
+EXERCISES = {f"course/exercises/{file.name}": ast.get_docstring(ast.parse(file.read_text()))
+             for file in sorted((ROOT / "course/exercises").glob("*.py"))}
 
 # What cannot be run here, and why; first match. Its flags are looked up instead. A --dry-run can.
 CANNOT = {
     r"break_it\.py [a-z0-9-]+ --seed \d": "a fault each: tests/test_break_it.py",
     r"llama-3|smollm|skywork": "models of the hub",
     r"torchrun|--gpu|bench/gpu": "GPUs or several processes",
-    r"prompts \S+\.json|annotations|python grade\.py|HOST": "files that the reader has to bring",
+    r"prompts \S+\.json|annotations|eval\.py reference|HOST": "files that the reader has to bring",
     r"--text (books/|a\.txt|FILE)|--model DIR": "a corpus or a model of the reader's own",
     r"runs/(lsp|grpo|A)\S*/|results/(base|lsp)|\$run": "runs of real models",
     r"bench/\w+\.py|tiny/build\w*\.py|break_it\.py all": "minutes or hours",
     r"--out \.\./|--figure bench/": "writes over a kept result",
     r"--model HOLE": "a model that takes 8 minutes to make",
-    r"exercises/grade\.py$": "all ten: tests/test_exercises.py does",
+    r"course/exercises/grade\.py$": "all ten: tests/test_exercises.py does",
 }
 # Not the product's own commands.
 FOREIGN = ("pip", "curl", "gunzip", "git", "hf", "alpaca_eval", "cd", ".", "for", "do", "done",

@@ -15,8 +15,8 @@ import measure  # noqa: E402
 
 from bench import gpu  # noqa: E402
 from bench import memory as bench_memory  # noqa: E402
-from cli import run_script  # noqa: E402
-from files import InputError  # noqa: E402
+from plumbing.cli import run_script  # noqa: E402
+from plumbing.files import InputError  # noqa: E402
 
 SMALLEST = ["--shape", "tiny", "--threads", "1", "--pairs", "1", "--prompt-tokens", "5",
             "--new-tokens", "7"]

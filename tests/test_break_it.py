@@ -10,15 +10,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-import cli
 import gradient
 import lsp
 import sample
 import train
-from memory import MasterAdamW
-from settings import Settings, resolve
+from plumbing import cli
+from plumbing.memory import MasterAdamW
+from plumbing.settings import Settings, resolve
 
-sys.path.append(str(ROOT / "exercises"))         # last: its grade.py must not hide the product's
+sys.path.append(str(ROOT / "course/exercises"))  # last: its grade.py must not hide the product's
 import break_it  # noqa: E402
 
 TARGETS = [(MasterAdamW, "step"), (gradient, "completion_logp"), (sample, "pick"),
@@ -108,7 +108,8 @@ def test_the_rewards_of_others_equal_hand_worked_numbers(mended, name, earned):
 
 def test_one_fault_runs_with_the_seed_and_flags_that_it_was_given(tmp_path):
     command = "top-k --seed 7 --steps 1 --out there --device cpu"
-    done = subprocess.run([sys.executable, ROOT / "exercises/break_it.py", *shlex.split(command)],
+    script = ROOT / "course/exercises/break_it.py"
+    done = subprocess.run([sys.executable, script, *shlex.split(command)],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "there/config.json").read_text())["seed"] == 7

@@ -17,18 +17,13 @@ from huggingface_hub import errors
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import budget
-import cli
-import files
-import logprobs
-import phases
-import report
 import train
-from budget import Machine
-from cache import Cache
-from files import InputError, pick_device, read_json
 from model import Llama, parse_config, read_config
-from settings import resolve
+from plumbing import budget, cli, files, logprobs, phases, report
+from plumbing.budget import Machine
+from plumbing.cache import Cache
+from plumbing.files import InputError, pick_device, read_json
+from plumbing.settings import resolve
 
 sys.path.append(str(ROOT / "bench"))             # last: its budget.py must not hide the project's
 
@@ -55,7 +50,7 @@ def peaks(s) -> dict:
 # ---------------------------------------------------------------- sizes, worked by hand
 
 def test_parameters_are_as_many_as_the_model_has():
-    shapes = [read_json(file) for file in (ROOT / "shapes").glob("*/config.json")]
+    shapes = [read_json(file) for file in (ROOT / "plumbing/shapes").glob("*/config.json")]
     assert len(shapes) == 4
     for raw in [*CONFIGS.values(), *shapes]:
         c = parse_config(raw)
@@ -65,7 +60,7 @@ def test_parameters_are_as_many_as_the_model_has():
 
 def test_llama_3_2_3b_takes_what_was_worked_out_by_hand():
     """3.2127e9 weights, 28 layers of 8 key heads of 128: 114,688 bytes of cache a token."""
-    c = read_config(ROOT / "shapes/llama-3.2-3b")
+    c = read_config(ROOT / "plumbing/shapes/llama-3.2-3b")
     assert budget.parameters(c) == 3_212_749_824 and budget.token_cache(c, 2) == 114_688
     s = dry(batch_tokens=65536, micro_batch_tokens=8192)
     found = budget.budget(s, *budget.plan(s))
@@ -241,7 +236,7 @@ def test_a_cpu_keeps_the_defaults_and_a_gpu_that_cannot_hold_the_weights_is_refu
     with pytest.raises(InputError, match="--gpu-memory is not used here: it needs a GPU"):
         resolve(given | {"device": "cpu", "gpu_memory": 8.0})
     cuda = (torch.device("cuda"), torch.bfloat16)
-    for module in ("budget", "settings"):
+    for module in ("plumbing.budget", "plumbing.settings"):
         monkeypatch.setattr(sys.modules[module], "pick_device", lambda name: cuda)
     s, _ = resolve(given | {"gpu_memory": 8.0})
     assert (s.batch_tokens, s.micro_batch_tokens) == (2**18, 2**13)
@@ -268,7 +263,7 @@ def script(monkeypatch, capsys, *flags) -> tuple[int, str, str]:
 
 def test_a_dry_run_reads_config_json_alone_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     (tmp_path / "m").mkdir()
-    shape = (ROOT / "shapes/llama-3.2-1b/config.json").read_text()
+    shape = (ROOT / "plumbing/shapes/llama-3.2-1b/config.json").read_text()
     (tmp_path / "m/config.json").write_text(shape)
     monkeypatch.chdir(tmp_path)
     flags = ["--model", "m", "--reward", "skywork-v2-1b", "--dry-run"]

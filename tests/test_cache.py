@@ -5,13 +5,13 @@ import pytest
 import torch
 from checkpoints import random_llama
 
-import cache
 import rewards
 import sample as sampling
-from cache import shared_forward
 from gradient import Row, accumulate
+from plumbing import cache
+from plumbing.cache import shared_forward
+from plumbing.settings import Settings
 from sample import Completion, pick, sample
-from settings import Settings
 from train import Game
 
 PROMPTS = [[5, 1, 9, 30, 2, 2, 8], [3], [7, 7, 7, 7, 12, 0, 4, 33, 21, 6, 11]]

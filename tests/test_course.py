@@ -4,7 +4,7 @@ import re
 
 from conftest import ROOT
 
-COURSE = (ROOT / "COURSE.md").read_text()
+COURSE = (ROOT / "course/COURSE.md").read_text()
 FLAT = re.sub(r"\s+", " ", COURSE)
 
 
@@ -22,7 +22,8 @@ def test_the_minutes_of_each_table_add_up_to_its_hours():
 
 def test_the_homework_takes_as_long_as_its_exercises_say():
     numbers, minutes = re.search(r"exercises ([\d, ]+) \((\d+) minutes\)", FLAT).groups()
-    files = [next((ROOT / "exercises").glob(f"{int(n):02}_*.py")) for n in numbers.split(", ")]
+    folder = ROOT / "course/exercises"
+    files = [next(folder.glob(f"{int(n):02}_*.py")) for n in numbers.split(", ")]
     said = [int(re.search(r"Exercise \d+, (\d+) minutes", f.read_text())[1]) for f in files]
     assert sum(said) == int(minutes)
 
@@ -46,13 +47,13 @@ def test_the_curves_that_lectures_expect_are_those_of_the_kept_runs():
 
 
 def test_the_start_answers_carries_rightly_now_and_then():
-    """The figures are those that tiny/build.py printed, kept in bench/README.md."""
-    bench = (ROOT / "bench/README.md").read_text()
+    """The figures are those that tiny/build.py printed, kept in docs/RESULTS.md."""
+    bench = (ROOT / "docs/RESULTS.md").read_text()
     assert "at temperature 1 .964, .255, .185, .023" in bench and "in 2 to 26 %" in FLAT
 
 
 def test_the_exercises_that_the_lab_grades_exist_and_fit_its_time():
-    files = [next((ROOT / "exercises").glob(f"{n:02}_*.py")) for n in (2, 3, 5)]
+    files = [next((ROOT / "course/exercises").glob(f"{n:02}_*.py")) for n in (2, 3, 5)]
     minutes = [int(re.search(r", (\d+) minutes", f.read_text())[1]) for f in files]
     slot = int(re.search(r"\| (\d+) \| exercises 2, 3 and 5", COURSE)[1])
     assert sum(minutes) <= slot + 10

@@ -7,14 +7,11 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-import benchmarks
 import eval as eval_script
-import grade
-import heldout
-import results
-from cli import run_script
-from files import HERE, InputError
-from phases import Phases
+from evals import benchmarks, grade, heldout, results
+from plumbing.cli import run_script
+from plumbing.files import HERE, InputError
+from plumbing.phases import Phases
 from tiny import world
 
 

@@ -11,11 +11,10 @@ from checkpoints import write_checkpoint
 from conftest import ROOT
 
 import eval as eval_script
-import judges
-import results
-from chat import Tokenizer, fill
-from files import InputError, read_prompt
+from evals import judges, results
 from model import load_model
+from plumbing.chat import Tokenizer, fill
+from plumbing.files import InputError, read_prompt
 from rewards import RewardModel
 
 KEY = "sk-not-to-be-seen-anywhere"

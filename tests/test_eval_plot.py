@@ -6,9 +6,8 @@ import sys
 import pytest
 
 import eval as eval_script
-import plot
-import results
-from files import InputError
+from evals import plot, results
+from plumbing.files import InputError
 
 
 def make_run(folder, steps=3, world=True):

@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
-import results
-from files import InputError
+from evals import results
+from plumbing.files import InputError
 
 HEADER = {"measure": "gsm8k", "model": "/m", "samples": 1, "max_new_tokens": 9, "command": "c1"}
 

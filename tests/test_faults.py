@@ -13,16 +13,13 @@ import torch
 from checkpoints import random_llama, write_checkpoint
 from conftest import ROOT
 
-import cli
 import game as players
-import log
-import phases
 import rewards
-import runs
 import train
-from files import InputError
-from logprobs import log_probs
-from memory import MasterAdamW
+from plumbing import cli, log, phases, runs
+from plumbing.files import InputError
+from plumbing.logprobs import log_probs
+from plumbing.memory import MasterAdamW
 
 spec = importlib.util.spec_from_file_location("campaign", ROOT / "bench/faults.py")
 campaign = importlib.util.module_from_spec(spec)
@@ -86,7 +83,7 @@ def test_the_campaign_sees_a_changed_bit_a_missing_step_and_another_sample(play,
 
 def test_the_readmes_table_is_the_stored_campaigns():
     stored = json.loads((ROOT / "bench/results/faults.json").read_text())["table"]
-    text = (ROOT / "bench/README.md").read_text()
+    text = (ROOT / "docs/RESULTS.md").read_text()
     assert [row["fault"] for row in stored] == list(campaign.CAMPAIGN)
     assert all(campaign.line(row) in text for row in stored)
 

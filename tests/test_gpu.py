@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from checkpoints import random_llama, write_checkpoint
 
 import game
-import ranks
 import rewards
 import sample as sampling
-from files import pick_device
 from gradient import Row, accumulate, refer
-from memory import MasterAdamW
+from plumbing import ranks
+from plumbing.files import pick_device
+from plumbing.memory import MasterAdamW
+from plumbing.settings import Settings, resolve
 from sample import sample
-from settings import Settings, resolve
 
 PROMPTS = [[5, 6, 7], [9] * 5, [5, 6]]
 LIMITS = [3, 20, 12, 20] * 3

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import grade
-from files import InputError
+from evals import grade
+from plumbing.files import InputError
 
 
 # Gold answers of MATH-500 (60 of them, of which these are the telling ones) beside rewritings that
@@ -93,18 +93,16 @@ def test_mbpp_answers_meet_each_of_their_tests():
 @pytest.mark.parametrize("problem, line", [
     (HUMANEVAL, "1 of 1 reference solutions pass"), (MBPP, "1 of 1 reference solutions pass"),
     (MBPP | {"code": "def turn(word): return None"}, "1: failed\n0 of 1 reference solutions pass")])
-def test_the_reference_solutions_of_a_file_are_run(problem, line, tmp_path, monkeypatch, capsys):
+def test_the_reference_solutions_of_a_file_are_run(problem, line, tmp_path, capsys):
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
-    monkeypatch.setattr(sys, "argv", ["grade.py", str(tmp_path / "problems.jsonl")])
-    grade.main()
+    grade.run_references(str(tmp_path / "problems.jsonl"))
     assert capsys.readouterr().out == f"{grade.isolation()}\n{line}\n"
 
 
-def test_a_file_of_something_else_is_refused_in_a_line(tmp_path, monkeypatch):
+def test_a_file_of_something_else_is_refused_in_a_line(tmp_path):
     (tmp_path / "problems.json").write_text('[{"question": "1 + 1?"}]')
-    monkeypatch.setattr(sys, "argv", ["grade.py", str(tmp_path / "problems.json")])
     with pytest.raises(InputError, match="problems.json, entry 1: neither"):
-        grade.main()
+        grade.run_references(str(tmp_path / "problems.json"))
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math", "humaneval", "mbpp"])

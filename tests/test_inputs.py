@@ -16,19 +16,17 @@ from conftest import ROOT
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-import cli
-import files
-import log
 import rewards
 import sample
 import train
-from chat import Tokenizer, fit
-from data import read_data
-from files import HERE, InputError, find_model, inside, read_json
-from memory import MasterAdamW
 from model import load_model, parse_config, save_model
+from plumbing import cli, files, log
+from plumbing.chat import Tokenizer, fit
+from plumbing.data import read_data
+from plumbing.files import HERE, InputError, find_model, inside, read_json
+from plumbing.memory import MasterAdamW
+from plumbing.settings import Settings, resolve
 from sample import Completion
-from settings import Settings, resolve
 from tiny import world as tiny_world
 
 

@@ -10,18 +10,17 @@ from checkpoints import random_llama, write_checkpoint
 from safetensors.torch import load_file
 from test_train import game, random_rows
 
-import cli
 import game as players
-import log
 import lsp
 import rewards
 import train
-from files import HERE, InputError
 from gradient import Row, accumulate, refer
-from memory import MasterAdamW
 from model import load_model
+from plumbing import cli, log
+from plumbing.files import HERE, InputError
+from plumbing.memory import MasterAdamW
+from plumbing.settings import resolve
 from sample import Completion, sample
-from settings import resolve
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import torch
 from checkpoints import CONFIGS, TOKENIZER, random_llama, write_checkpoint
 from huggingface_hub import errors
 
-import files as files_module
 import model as model_module
-from chat import fill
-from files import InputError, find_model
 from model import Tokenizer, load_model, parse_config, save_model
+from plumbing import files as files_module
+from plumbing.chat import fill
+from plumbing.files import InputError, find_model
 
 DATA = TOKENIZER.parent
 STORED = json.loads((DATA / "logits.json").read_text())

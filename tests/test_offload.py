@@ -14,16 +14,15 @@ from checkpoints import CONFIGS, random_llama, write_checkpoint
 
 import game as players
 import gradient
-import log
-import memory
 import sample as sampling
 import train
 from bench import measure
-from files import pick_device
-from logprobs import log_probs
-from memory import MasterAdamW, Stage, host_buffers, plan_buffers
 from model import Llama, parse_config
-from settings import resolve
+from plumbing import log, memory
+from plumbing.files import pick_device
+from plumbing.logprobs import log_probs
+from plumbing.memory import MasterAdamW, Stage, host_buffers, plan_buffers
+from plumbing.settings import resolve
 
 CPU = torch.device("cpu")
 

@@ -17,16 +17,13 @@ import torch.distributed as dist
 from checkpoints import random_llama
 from conftest import ROOT
 
-import cli
 import game as players
 import gradient
-import log
-import ranks
 import rewards
-import runs
 import train
-from memory import MasterAdamW
-from settings import resolve
+from plumbing import cli, log, ranks, runs
+from plumbing.memory import MasterAdamW
+from plumbing.settings import resolve
 
 spec = importlib.util.spec_from_file_location("campaign", ROOT / "bench/faults.py")
 campaign = importlib.util.module_from_spec(spec)
@@ -361,7 +358,8 @@ def test_a_rank_that_is_killed_ends_the_others_at_once_with_a_whole_checkpoint(d
 LIVES = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
-import cli, ranks, train
+import train
+from plumbing import cli, ranks
 life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
 rate, save = train.learning_rate, train.save_model
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-import judges
 import rewards
-from chat import Tokenizer, without_tags
-from files import HERE, InputError, read_prompt
+from evals import judges
 from model import load_model
+from plumbing.chat import Tokenizer, without_tags
+from plumbing.files import HERE, InputError, read_prompt
 from rewards import boxed, exact, fill_unparsed, final_number, parse_self_reward
 from sample import Completion
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-import log
 import rewards
 import rlpt
 import train
-from chat import Tokenizer, fill
-from files import HERE, PROMPTS, InputError, read_prompt
-from memory import MasterAdamW
+from plumbing import log
+from plumbing.chat import Tokenizer, fill
+from plumbing.files import HERE, PROMPTS, InputError, read_prompt
+from plumbing.memory import MasterAdamW
+from plumbing.settings import resolve
 from rewards import parse_verdict
 from rlpt import END, START, draw_episodes, extract
 from sample import Completion
-from settings import resolve
 
 WATER = HERE / "tests/data/water.txt"
 TAGGED = f"{START}It rains.{END}"

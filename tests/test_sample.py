@@ -8,8 +8,8 @@ import torch
 from checkpoints import random_llama, write_checkpoint
 from conftest import ROOT
 
-from cli import run_script
-from files import InputError
+from plumbing.cli import run_script
+from plumbing.files import InputError
 from sample import decode, main, pick, sample, take_batch
 
 PROMPTS = [[5, 1, 9, 30, 2, 2, 8], [3], [7, 7, 7, 7, 12, 0, 4, 33, 21, 6, 11], [20, 36, 1]]

@@ -8,9 +8,9 @@ import tracemalloc
 
 import pytest
 
-import texts
-from files import InputError
-from texts import Texts, is_whole, segments
+from plumbing import texts
+from plumbing.files import InputError
+from plumbing.texts import Texts, is_whole, segments
 
 # ‖ stands where one segment ends and the next begins.
 SEGMENTED = [
@@ -178,7 +178,7 @@ def every_piece(texts, kind="asr"):
 
 @pytest.fixture
 def small_passages(monkeypatch):
-    monkeypatch.setattr("texts.PASSAGE", 64)
+    monkeypatch.setattr("plumbing.texts.PASSAGE", 64)
 
 
 def test_a_folder_is_read_in_order_of_names_and_only_its_texts(tmp_path):
@@ -277,7 +277,7 @@ def test_a_bad_file_is_refused_by_name_and_line(tmp_path, name, content, message
 
 
 def test_a_json_line_of_more_than_the_bound_is_refused_before_it_is_held(tmp_path, monkeypatch):
-    monkeypatch.setattr("texts.SMALL", 1000)
+    monkeypatch.setattr("plumbing.texts.SMALL", 1000)
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "a" * 10**6}))
     with pytest.raises(InputError, match=r"t.jsonl, line 2: longer than"):
         Texts(tmp_path / "t.jsonl")

@@ -9,20 +9,18 @@ import torch
 from checkpoints import CONFIGS, random_llama, random_weights, write_checkpoint
 from conftest import ROOT
 
-import cli
-import logprobs
 import lsp
 import rewards
-import settings
 import train
-from data import draw, read_data
-from files import InputError
 from gradient import Row, accumulate, completion_logp, refer
-from logprobs import log_probs
-from memory import MasterAdamW
 from model import Llama, parse_config
+from plumbing import cli, logprobs, settings
+from plumbing.data import draw, read_data
+from plumbing.files import InputError
+from plumbing.logprobs import log_probs
+from plumbing.memory import MasterAdamW
+from plumbing.settings import Settings, resolve
 from sample import Completion, sample
-from settings import Settings, resolve
 from train import Game
 
 

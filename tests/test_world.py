@@ -9,11 +9,11 @@ import torch
 import gradient
 import rewards
 import train
-from chat import Tokenizer
-from files import InputError, find_model, read_prompt
 from model import load_model
+from plumbing.chat import Tokenizer
+from plumbing.files import InputError, find_model, read_prompt
+from plumbing.settings import resolve
 from sample import sample, text_of
-from settings import resolve
 from tiny import world
 
 TINY = find_model("tiny")

@@ -6,16 +6,16 @@ import sys
 import pytest
 import torch
 
-import heldout
 import rewards
 import rlpt
 import train
-from chat import Tokenizer
-from files import HERE, InputError, find_model, read_prompt
+from evals import heldout
 from game import set_up
 from model import load_model
-from settings import resolve
-from texts import segments
+from plumbing.chat import Tokenizer
+from plumbing.files import HERE, InputError, find_model, read_prompt
+from plumbing.settings import resolve
+from plumbing.texts import segments
 from tiny import world
 
 TINY = find_model("tiny-rlpt")

@@ -28,10 +28,10 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))               # the project's files, one folder up
-from chat import Tokenizer, fill  # noqa: E402
-from config import parse_config  # noqa: E402
-from files import read_prompt  # noqa: E402
 from model import Llama, save_model  # noqa: E402
+from plumbing.chat import Tokenizer, fill  # noqa: E402
+from plumbing.config import parse_config  # noqa: E402
+from plumbing.files import read_prompt  # noqa: E402
 from rewards import self_reward  # noqa: E402
 from sample import sample  # noqa: E402
 from tiny import world  # noqa: E402

@@ -1,0 +1,102 @@
+"""Benchmarks with a right answer: problems, their zero-shot prompts, and who says what is right.
+
+gsm8k and tiny by exact match of numbers, math by the values of what is boxed (math-verify),
+humaneval and mbpp by running their tests (grade.py).
+"""
+from evals import grade
+from plumbing.chat import fill
+from plumbing.data import query_of, read_entries
+from plumbing.files import HERE, InputError, read_prompt
+from rewards import boxed, exact, final_number, same_value
+from tiny import world as tiny_world
+
+# Fields that a problem must have, and new tokens for an answer.
+FIELDS = {
+    "alpaca_eval": ("instruction",),               # nothing is right there: eval.py generate
+    "gsm8k": ("question", "answer"),
+    "math": ("problem",),                          # and answer, or a solution that boxes it
+    "humaneval": ("prompt", "test", "entry_point"),
+    "mbpp": ("prompt", "test_list"),               # the full data set: text
+}
+TOKENS = {"gsm8k": 512, "math": 1024, "humaneval": 768, "mbpp": 768, "tiny": 5}
+NAMES = tuple(TOKENS)
+CODE = ("humaneval", "mbpp")
+PASS_AT = (1, 5, 10, 100)
+
+
+def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[dict], str | None]:
+    """A benchmark's problems, each with query (what the model is asked), gold, subset and the
+    problem itself; and the prompt that was filled (None in the embedded world, which has none)."""
+    if name == "tiny":
+        queries = tiny_world.held_out_queries()[:limit]
+        return [{"query": q, "gold": str(sum(tiny_world.parse_query(q))),
+                 "subset": tiny_world.classify(q), "problem": None} for q in queries], None
+    if path is None:
+        raise InputError(f"{name} needs --prompts FILE (MANUAL.md says where it comes from)")
+    bare = name == "alpaca_eval"
+    prompt = "{problem}" if bare else read_prompt(HERE / "prompts" / f"{name}.txt")
+    problems = []
+    for where, entry in read_entries(path)[:limit]:
+        if isinstance(entry, dict) and name == "mbpp" and "prompt" not in entry:
+            entry = {**entry, "prompt": entry.get("text")}
+        if isinstance(entry, dict) and name == "math" and isinstance(entry.get("solution"), str):
+            entry = {"answer": boxed(entry["solution"]), "subject": entry.get("type"), **entry}
+        missing = [key for key in FIELDS[name] if not isinstance(entry, dict)
+                   or not is_text(entry.get(key), listed=key == "test_list")]
+        if missing:
+            raise InputError(f"{path}, {where}: no text in {', '.join(missing)}: not {name}")
+        if name == "gsm8k" and final_number(entry["answer"]) is None:
+            raise InputError(f"{path}, {where}: no number in answer: not {name}")
+        if name == "math" and not isinstance(entry.get("answer"), str):
+            raise InputError(f"{path}, {where}: no text in answer, nothing boxed in solution: not "
+                             "math")
+        query = fill(prompt, problem=query_of(entry, FIELDS[name][0]),
+                     tests="\n".join(entry.get("test_list", [])))
+        problems.append({"query": query, "gold": entry.get("answer"), "problem": entry,
+                         "subset": entry.get("subject")})
+    if not problems:
+        raise InputError(f"{path}: no problems in it")
+    return problems, prompt
+
+
+def is_text(value, *, listed: bool) -> bool:
+    """Whether a field holds a text, or where `listed` a list of some."""
+    if listed:
+        return isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
+    return isinstance(value, str)
+
+
+def is_right(name: str, problem: dict, answer: str, *, cut: bool) -> tuple[bool, str]:
+    """Whether an answer is right, and a word on why. cut: the token limit ended the answer.
+
+    A number that was cut off is no answer ("#### 4" may be half of 42). What came before the cut
+    may hold a whole \\boxed{} or a whole program, and that counts.
+    """
+    if name in ("gsm8k", "tiny"):
+        if cut:
+            return False, "cut off"
+        if name == "tiny":
+            right = tiny_world.correct(problem["query"], answer)
+        else:
+            right = bool(exact([""], [answer], [problem["gold"]]))
+        return right, "equal" if right else "not equal"
+    if name == "math":
+        said = boxed(answer)
+        if said is None:
+            return False, "nothing boxed"
+        right = same_value(said, problem["gold"])
+        return right, "equal" if right else "not equal"
+    program = getattr(grade, f"{name}_program")(problem["problem"], answer)
+    right, why = grade.run_program(program)
+    if why == "sandbox":                            # a fault of this machine, not of the answer
+        raise InputError("a program could not be started in its containment; the same command goes "
+                         "on from here")
+    return right, why
+
+
+def scores(records: list[dict], samples: int) -> dict[str, list[float]]:
+    """{"accuracy": a value an item}; with several samples pass@1, pass@5, ..., unbiased."""
+    if samples == 1:
+        return {"accuracy": [float(record["correct"][0]) for record in records]}
+    return {f"pass@{k}": [grade.pass_at_k(samples, sum(record["correct"]), k) for record in records]
+            for k in sorted({k for k in PASS_AT if k <= samples} | {samples})}

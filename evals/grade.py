@@ -1,0 +1,195 @@
+"""Grade programs: HumanEval's and MBPP's answers, by running their tests in a sandbox.
+
+    passed, reason = run_program(mbpp_program(problem, answer), seconds=10)
+    run_references("sanitized-mbpp.json")
+"""
+import contextlib
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections import Counter
+from math import comb
+from pathlib import Path
+
+from plumbing.data import read_entries
+from plumbing.files import InputError
+
+# ---------------------------------------------------------------- programs
+
+SANDBOX = str(Path(__file__).with_name("sandbox.py"))
+FENCE = re.compile(r"^([^\n`~]*+)(`{3,}+|~{3,}+)[^\n`]*+\n(.*?)(?:^[ \t]*+\2|\Z)",
+                   re.DOTALL | re.MULTILINE)
+DEFINES = re.compile(r"^(?:async def|def|class) +(\w+)", re.MULTILINE)
+IMPORT = re.compile(r"^(?:import|from) .*", re.MULTILINE)
+FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
+PROBE = {"answer": "import collections, decimal, heapq, math, re, typing\nf = lambda: 1",
+         "helpers": "", "tests": "assert f() == 1", "names": ["f"]}
+ISOLATION = {
+    "namespaces": "programs run in Linux namespaces (process, mount, network, IPC, and {user}): "
+                  "without network and home folder, with read-only libraries and limits",
+    "user": "programs run under a user id of their own with limits, without namespaces: "
+            "this stops accidents, not attackers",
+    "limits": "programs run with limits alone: this stops accidents, not attackers",
+}
+
+
+def code_of(answer: str, wanted: str = "") -> str:
+    """The program in a chat answer: of its fenced blocks the last one that defines what is wanted.
+
+    wanted: names or tests; a block counts that defines a function or class named there, else one
+    that defines anything, else any. The last one, because first tries and pieces stand before it;
+    examples of use and the model's own tests, which may follow, define nothing that is wanted.
+    Without a fence it is the whole answer, with its leading blanks (the rest of a function may be
+    all there is), or from the first line of code on. A block that is never closed ends with the
+    answer.
+    """
+    names = set(re.findall(r"\w+", wanted))
+    answer = re.sub(r"\[/?PYTHON\]", "```", answer)
+    blocks = [re.sub(f"^{' ' * len(before)}", "", block, flags=re.MULTILINE)
+              for before, _, block in FENCE.findall(answer) if block.strip()]
+    bare = re.sub(r"^ *```.*\n?", "", answer, flags=re.MULTILINE)            # a closing fence alone
+    first = re.search(r"^(?:from|import|async def|def|class|@)\s*\S.*", bare, re.MULTILINE)
+    if first and not compiles(bare) and not bare.startswith((" ", "\t")):
+        bare = bare[first.start():]                                          # after some prose
+    defining = [block for block in blocks if DEFINES.search(block)]
+    named = [block for block in defining if names & set(DEFINES.findall(block))]
+    return (named or defining or blocks or [bare])[-1]
+
+
+def compiles(program: str) -> bool:
+    try:
+        compile(program, "program.py", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def as_body(code: str) -> str:
+    """The rest of a function whose first line, or all of them, lost their indentation."""
+    first, _, rest = code.lstrip("\n").partition("\n")
+    lines = [first.strip(), *textwrap.dedent(rest).split("\n")]
+    return textwrap.indent("\n".join(lines), "    ")
+
+
+def humaneval_program(problem: dict, answer: str) -> dict:
+    """A HumanEval problem's start, an answer's code and the problem's tests, to be run.
+
+    The start stands there even when the answer repeats it: it has the imports and helper functions.
+    It ends inside the function: an answer with only the rest of the function goes on from there.
+    """
+    code, entry = code_of(answer, problem["entry_point"]), problem["entry_point"]
+    if not DEFINES.search(code) and not compiles(problem["prompt"] + code):
+        code = as_body(code)
+    future = "".join(FUTURE.findall(code))                   # has to be a program's first line
+    return {"answer": f"{future}{problem['prompt']}{FUTURE.sub('', code)}\n",
+            "helpers": problem["prompt"], "names": [entry],
+            "tests": f"{problem['test']}\ncheck({entry})\n"}
+
+
+def mbpp_program(problem: dict, answer: str) -> dict:
+    """An answer's code and an MBPP problem's tests (sanitised or full data set), to be run.
+
+    The tests may call what the reference solution defines; without one, what the answer does.
+    """
+    tests = "\n".join(problem["test_list"])
+    code = code_of(answer, tests)
+    setup = "\n".join([*problem.get("test_imports", []), problem.get("test_setup_code", "")])
+    reference = problem.get("code") or code
+    defined, imports = DEFINES.findall(reference), "\n".join(IMPORT.findall(reference))
+    return {"answer": f"{code}\n{setup}\n", "helpers": f"{imports}\n{setup}\n", "tests": tests,
+            "names": sorted(set(defined) & set(re.findall(r"\w+", tests)))}
+
+
+@functools.cache
+def containment() -> str:
+    """The best of sandbox.py's containments in which a harmless program passes here."""
+    kinds = ["namespaces", "user", "limits"] if sys.platform == "linux" else ["limits"]
+    if os.geteuid():
+        kinds = [kind for kind in kinds if kind != "user"]
+    for kind in kinds:
+        if run_contained(PROBE, kind, 30) == "passed":
+            return kind
+    raise InputError("generated programs cannot be run here: not even a harmless one passes "
+                     f"(python {SANDBOX})")
+
+
+def isolation() -> str:
+    """One line for the reader: how programs are contained on this machine."""
+    root = os.geteuid() == 0
+    line = ISOLATION[containment()].format(user="a user id of their own" if root else "user")
+    if root and containment() == "limits":
+        line += "; as root not even the number of processes is limited"
+    return line
+
+
+def run_program(program: dict | str, *, seconds: float = 10) -> tuple[bool, str]:
+    """Run a program with its tests in a contained child; whether it passed, and why or why not.
+
+    seconds: of CPU time, rounded up, and three times as many of wall time, so that other work on
+    the machine does not decide. The reason is one of sandbox.REASONS: passed; failed (an
+    assertion); error (any other exception, syntax included); memory; timeout; ended (before its
+    last line: an exit, a signal, a crash); sandbox (it could not be started: nothing was measured).
+    program: what humaneval_program or mbpp_program made; any string is one without tests.
+    """
+    reason = run_contained(program, containment(), seconds)
+    return reason == "passed", reason
+
+
+def run_contained(program: dict | str, kind: str, seconds: float, patience: float = 3) -> str:
+    """One program in sandbox.py under one kind of containment: the reason it gives.
+
+    seconds: of CPU time; patience: seconds of wall time to each of them.
+    """
+    if isinstance(program, str):
+        program = {"answer": program, "helpers": "", "tests": "", "names": []}
+    wall = patience * seconds
+    scratch = tempfile.mkdtemp(prefix="program-")
+    command = [sys.executable, "-s", "-S", SANDBOX, kind, str(seconds), str(wall)]
+    keeper = subprocess.Popen(command, cwd=scratch, start_new_session=True,
+                              env={"PYTHONHASHSEED": "0"},       # a set's order is always the same
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL)
+    try:
+        word, _ = keeper.communicate(json.dumps(program).encode(), timeout=wall + 20)
+        return word.decode().strip() or "ended"
+    except subprocess.TimeoutExpired:                        # somebody stopped the keeper
+        return "timeout"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(keeper.pid, signal.SIGKILL)
+        keeper.communicate()
+        # Not shutil.rmtree: a program may have left folders deeper than Python's recursion limit.
+        subprocess.run(["chmod", "-R", "u+rwX", scratch], stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", scratch], stderr=subprocess.DEVNULL)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that one of k answers passes, drawn from n of which c do: arXiv 2107.03374, Eq. 1."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} from {n} answers, {c} of them right")
+    return 1 - comb(n - c, k) / comb(n, k)
+
+
+def run_references(file: str):
+    """Run a file's reference solutions: where they pass, the sandbox is no hindrance to answers."""
+    print(isolation())
+    ended = Counter()
+    for where, problem in read_entries(file):
+        if isinstance(problem, dict) and {"prompt", "canonical_solution", "test"} <= {*problem}:
+            program = humaneval_program(problem, problem["canonical_solution"])
+        elif isinstance(problem, dict) and {"code", "test_list"} <= {*problem}:
+            program = mbpp_program(problem, problem["code"])
+        else:
+            raise InputError(f"{file}, {where}: neither a problem of HumanEval nor one of MBPP")
+        passed, reason = run_program(program)
+        ended[reason] += 1
+        if not passed:
+            print(f"{problem['task_id']}: {reason}")
+    print(f"{ended['passed']} of {ended.total()} reference solutions pass")
+

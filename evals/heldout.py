@@ -1,0 +1,62 @@
+"""What a run measures of itself: held-out prompts, and the embedded worlds' held-out tasks.
+
+    figures, answered = evaluate(game, game.held_out, start)         # reward, win-rate
+    record = evaluate_world(game)                                    # accuracy, the Challenger's
+"""
+import math
+
+import torch
+from torch import Tensor
+
+import rewards
+import rlpt
+from plumbing.data import EVALUATE, generator
+from sample import sample, text_of
+
+
+def greedy(game, queries: list[str]) -> tuple[list[str], Tensor]:
+    """The Solver's likeliest answers, and whether each came to its end, (len,) bool."""
+    prompts = [game.tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
+    rows = sample(game.policy, prompts, max_new_tokens=game.settings.answer_tokens, temperature=0,
+                  stop_ids=game.tokenizer.stop_ids, batch_tokens=game.settings.batch_tokens)
+    texts = [text_of(game.tokenizer, row) for (row,) in rows]
+    return texts, torch.tensor([row.stopped for (row,) in rows])
+
+
+def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list[dict]]:
+    """Greedy answers to held-out prompts: mean reward, win-rate against the start's answers.
+
+    A win is a higher reward for the same prompt, a tie counts half. The reward is the run's own, so
+    a rise here can still be a weakness of the reward. Returns the figures, and what was answered:
+    a record a prompt. start: those records of the starting model; None: this is the start.
+    """
+    queries, golds = map(list, zip(*held_out))
+    answers, stopped = greedy(game, queries)
+    game.phase.call(game.scorer)
+    ours = rewards.score(game.reward, queries, answers, golds, stopped)                    # (len,)
+    answered = [{"query": q, "answer": a, "reward": r}
+                for q, a, r in zip(queries, answers, ours.tolist())]
+    theirs = torch.tensor([math.nan if record["reward"] is None else record["reward"]
+                           for record in start or answered])                               # (len,)
+    wins = (ours > theirs).float() + (ours == theirs).float() / 2
+    figures = {"reward": ours.mean().item(), "win_rate": wins.mean().item(), "n": len(held_out)}
+    return figures, answered
+
+
+def evaluate_world(game) -> dict:
+    """The embedded world: greedy accuracy on all held-out sums; what 1,000 sampled queries are.
+    In rlpt: greedy accuracy on all held-out stories; the share of predictions that break off."""
+    s, world = game.settings, game.world
+    if game.texts:
+        tasks = world.held_out_tasks()
+        answers, _ = greedy(game, [rlpt.pose(game, *task).query for task in tasks])
+        return world.story_figures(tasks, [rlpt.extract(answer, 0)[0] for answer in answers])
+    queries = world.held_out_queries()
+    record = {"accuracy": world.accuracy(queries, greedy(game, queries)[0]), "challenger": None}
+    if game.challenger_prompt:
+        (rows,) = sample(game.policy, [game.challenger_prompt], num_samples=1000,
+                         temperature=s.temperature, max_new_tokens=s.query_tokens,
+                         stop_ids=game.tokenizer.stop_ids, batch_tokens=s.batch_tokens,
+                         generator=generator(s.seed, 0, EVALUATE))
+        record["challenger"] = world.challenger_shares([text_of(game.tokenizer, r) for r in rows])
+    return record

@@ -1,0 +1,258 @@
+"""Result files: what eval.py measured, one JSON object a line, written as it comes.
+
+    {"measure": "gsm8k", "model": ..., "command": "python eval.py ..."}     the header: made how
+    {"item": 0, "query": ..., "correct": [true], ...}                       then items
+
+A command that was interrupted goes on where its file ends. Two files of the same measure are
+compared item by item: on the same questions differences are far steadier than the figures.
+"""
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.files import InputError
+
+# What may differ between two files that are compared.
+FREE = ("command", "model", "generator", "questions", "seed", "judge_at")
+
+
+# ---------------------------------------------------------------- files
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl file, if there is one; a half-written last line is left out."""
+    if not path.exists():
+        return []
+    try:
+        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records += [json.loads(line)] if line else []
+        except (ValueError, RecursionError):
+            raise InputError(f"{path}, line {number}: not JSON") from None
+    return records
+
+
+def append_line(path: Path, record: dict):
+    """One JSON object on a line of its own, in one write."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def resume(path: Path, header: dict) -> list[dict]:
+    """The records that an earlier, interrupted command left; a new file begins with the header.
+
+    A last line that was half written is cut off: its item is done again. InputError where the file
+    was made in another way, or is something else: then it stays as it is.
+    """
+    records = []
+    if path.exists():
+        found, *records = read_lines(path) or [None]
+        if not isinstance(found, dict) or "measure" not in found:
+            raise InputError(f"{path} exists and is no result file; nothing is overwritten")
+        for key in header if records else ():
+            if key != "command" and header[key] != found.get(key):
+                raise InputError(f"{path} was made with another {key} ({brief(found.get(key))}, "
+                                 f"now {brief(header[key])}): choose another --out")
+    try:
+        if records:
+            whole = path.read_bytes().rfind(b"\n") + 1
+            os.truncate(path, whole)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(header, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    return records
+
+
+def brief(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def digest(texts: list[str]) -> str:
+    """A short fingerprint of a list of texts: the same questions, or not."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- figures
+
+def mean_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean and standard error (sample standard deviation / sqrt(n)); None for a single value."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+    return float(np.mean(values)), error
+
+
+def interval(values: list[float]) -> list[float]:
+    """A 95 % interval of the mean of values in 0..1.
+
+    Right or wrong: Wilson's, which keeps its width where all are right, or all wrong. Anything else
+    (win-rates, pass@k): mean +- 1.96 standard errors.
+    """
+    n, (mean, error) = len(values), mean_error(values)
+    if set(values) <= {0.0, 1.0}:
+        square = 1.96 ** 2
+        middle = (mean + square / (2 * n)) / (1 + square / n)
+        width = 1.96 * math.sqrt(mean * (1 - mean) / n + square / (4 * n * n)) / (1 + square / n)
+    else:
+        middle, width = mean, 1.96 * (1.0 if error is None else error)
+    return [max(0.0, middle - width), min(1.0, middle + width)]
+
+
+def percent(values: list[float], name: str) -> dict:
+    """Mean, standard error and 95 % interval of values in 0..1, in per cent; their number n."""
+    mean, error = mean_error(values) if values else (None, None)
+    hundred = lambda x: None if x is None else 100 * x
+    return {name: hundred(mean), "standard_error": hundred(error),
+            "interval": [hundred(x) for x in interval(values)] if values else None,
+            "n": len(values)}
+
+
+def paired(base: list[float], run: list[float]) -> tuple[float, float, float]:
+    """Mean difference run - base over the same items, and its 95 % bootstrap interval.
+
+    Items are drawn with replacement 10,000 times, both values of an item together.
+    """
+    difference = np.subtract(run, base)                                      # (n,)
+    random, n = np.random.default_rng(0), len(difference)
+    if np.ptp(difference) == 0:                      # what was never seen in n can be so frequent
+        width = 1 - 0.05 ** (1 / n)
+        return float(difference[0]), float(difference[0]) - width, float(difference[0]) + width
+    means = [difference[random.integers(n, size=n)].mean() for _ in range(10_000)]
+    return float(difference.mean()), *map(float, np.quantile(means, [0.025, 0.975]))
+
+
+def mcnemar(base: list[float], run: list[float]) -> float:
+    """Exact two-sided p-value that as many items turned right as turned wrong only by chance."""
+    lost = sum(b > r for b, r in zip(base, run))
+    won = sum(r > b for b, r in zip(base, run))
+    total = lost + won
+    tail = sum(math.comb(total, k) for k in range(min(lost, won) + 1)) / 2 ** total
+    return min(1.0, 2 * tail)
+
+
+def show(figures: dict, values: list[float], subsets: list, name: str):
+    """A line for each subset, and last of all the overall figures as JSON."""
+    names = sorted({str(subset) for subset in subsets})
+    for subset in names if len(names) > 1 else ():
+        f = percent([v for v, s in zip(values, subsets) if str(s) == subset], name)
+        print(f"{subset:24} {f[name]:6.2f}   95 % [{f['interval'][0]:.2f}, {f['interval'][1]:.2f}]"
+              f"   n {f['n']}")
+    print(json.dumps(figures))
+
+
+# ---------------------------------------------------------------- before and after
+
+def read_results(path: str) -> dict[str, dict]:
+    """A result file, or a folder of some: {measure's label: header, file, values by item}."""
+    path, measures = Path(path), {}
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+        header, *records = read_lines(file) or [None]
+        if not isinstance(header, dict) or "measure" not in header:
+            continue
+        label = header["measure"]
+        if label == "win-rate":
+            label += f" against {header['against']}, judge {header['judge']}"
+        if label in measures:
+            raise InputError(f"{file}: {label} is in {measures[label]['file']} already")
+        values, subsets = item_values(header, records)
+        measures[label] = {"header": header, "file": file, "values": values, "subsets": subsets}
+    if not measures:
+        raise InputError(f"{path}: no result files of eval.py")
+    return measures
+
+
+def item_values(header: dict, records: list[dict]) -> tuple[dict, dict]:
+    """{item: value in 0..1}, {item: subset}; an item is its query and which one of equal queries.
+
+    A benchmark's value is the share of right samples. A win-rate's is the mean preference - 1 over
+    the asked orders, and an item with a failed or missing one has none.
+    """
+    by_item, subsets = {}, {}
+    for record in records:                 # of a question that was asked again, the last one
+        by_item.setdefault(record["item"], {})[record.get("first")] = record
+    values, seen = {}, Counter()
+    for _, group in sorted(by_item.items()):
+        group = list(group.values())
+        query = group[0]["query"]
+        seen[query] += 1
+        key = (query, seen[query])
+        subsets[key] = group[0].get("subset")
+        if header["measure"] != "win-rate":
+            values[key] = sum(group[0]["correct"]) / len(group[0]["correct"])
+            continue
+        preferences = [record["preference"] for record in group]
+        if len(group) == group[0]["orders"] and None not in preferences:
+            values[key] = sum(preferences) / len(preferences) - 1
+    return values, subsets
+
+
+def check_alike(base: dict, run: dict):
+    """InputError where two files of one measure were made so differently that pairing them lies."""
+    for key in sorted(base["header"].keys() | run["header"].keys()):
+        one, other = base["header"].get(key), run["header"].get(key)
+        if key not in FREE and one != other:
+            raise InputError(f"{run['file']} was made with {key} {brief(other)}, {base['file']} "
+                             f"with {brief(one)}: not comparable")
+
+
+def rows(base: dict, run: dict) -> list[list]:
+    """The table's: measure, n, base, run, difference, its interval's ends, p; None: no such thing.
+
+    Both sides' figures are over the items that both have. p is McNemar's, for right or wrong alone.
+    What one side alone has comes with the interval of its own figure.
+    """
+    table = []
+    for label in sorted(base.keys() | run.keys()):
+        sides = [side[label]["values"] if label in side else None for side in (base, run)]
+        if not all(sides):
+            means = [mean_error(list(side.values()))[0] if side else None for side in sides]
+            values = list((sides[0] or sides[1] or {}).values())
+            ends = interval(values) if values else [None, None]
+            table.append([label, len(values), *means, None, *ends, None])
+            continue
+        check_alike(base[label], run[label])
+        subsets = base[label]["subsets"]
+        common = [key for key in sides[0] if key in sides[1]]
+        names = sorted({subsets[key] for key in common} - {None})
+        for name in [None] + (names if len(names) > 1 else []):
+            keys = [key for key in common if name in (None, subsets[key])]
+            one, other = ([side[key] for key in keys] for side in sides)
+            if not keys:
+                raise InputError(f"{run[label]['file']}: no question in common with "
+                                 f"{base[label]['file']}")
+            binary = base[label]["header"].get("samples") == 1
+            table.append([label if name is None else f"  {name}", len(keys), mean_error(one)[0],
+                          mean_error(other)[0], *paired(one, other),
+                          mcnemar(one, other) if binary else None])
+    return table
+
+
+def compare(base_path: str, run_paths: list[str]):
+    """Print one table of the base against each run, and below it the command of each figure."""
+    sides = {path: read_results(path) for path in (base_path, *run_paths)}
+    print(f"{'':42} {'n':>5} {'base':>7} {'run':>7} {'run - base':>11} {'95 % interval':>17} "
+          f"{'McNemar p':>10}")
+    for path in run_paths:
+        print(path)
+        for label, n, *figures, p in rows(sides[base_path], sides[path]):
+            one, other, change, low, high = (
+                "-" if x is None else f"{100 * x:.2f}" for x in figures)
+            ends = "-" if low == "-" else f"[{low}, {high}]"
+            print(f"  {label:40} {n:5} {one:>7} {other:>7} {change:>11} {ends:>17} "
+                  f"{'-' if p is None else f'{p:.2g}':>10}")
+    print("\nPer cent, over the questions that both sides have. Intervals: of the difference, by "
+          "paired bootstrap;\nof the figure itself where one side alone has it.")
+    for path, side in sides.items():
+        for label, measured in sorted(side.items()):
+            print(f"{path}: {label}: {measured['header']['command']}")

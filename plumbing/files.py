@@ -1,0 +1,179 @@
+"""What a reader may skip: bad input in one line, JSON and prompt files,
+named models and the hub, devices."""
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub import errors, snapshot_download  # comes with tokenizers
+
+HERE = Path(__file__).resolve().parent.parent          # the project's root
+NAMES = {
+    "tiny": str(HERE / "tiny"),
+    "tiny-rlpt": str(HERE / "tiny/rlpt"),
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "skywork-v2-1b": "Skywork/Skywork-Reward-V2-Llama-3.2-1B",
+    "skywork-v2-3b": "Skywork/Skywork-Reward-V2-Llama-3.2-3B",
+}
+# What a model's directory may bring in a language of its own; its checkpoints carry them.
+PROMPTS = tuple(f"prompts/{name}.txt" for name in (
+    "challenger", "self_reward", "asr", "msr", "verdict", "verdict_strict"))
+SMALL = 64 * 2**20      # bytes: the largest tokenizer.json are about 35 million
+
+
+class InputError(Exception):
+    """Something the user gave is wrong;
+    the message is one line that names the file, the flag or the name."""
+
+    def __str__(self):
+        """One line whatever a file or a flag held: what does not print is spelt out."""
+        text = super().__str__()
+        text = text if len(text) <= 1000 else f"{text[:600]} ... {text[-400:]}"
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """folder/name; InputError if it leads out of the folder, or is no plain file.
+
+    A stranger's link must not make us read a file that lies elsewhere, and carry it into
+    checkpoints. The hub's cache counts as one folder: snapshots/REVISION/x -> ../../blobs/HASH.
+    """
+    try:
+        file, home = (Path(os.path.realpath(p)) for p in (folder / name, folder))
+    except ValueError:                                           # a null byte, half a character
+        raise InputError(f"{folder / name} cannot be a file's name") from None
+    home = home.parent.parent if home.parent.name == "snapshots" else home
+    # Weights may be linked to another disk: they are read as numbers, and carried nowhere.
+    if not file.is_relative_to(home) and not name.endswith(".safetensors"):
+        raise InputError(f"{folder / name} is a link out of its directory: put the file itself "
+                         "there")
+    if os.path.exists(file) and not os.path.isfile(file):    # unlike Path's, these never raise
+        raise InputError(f"{folder / name} is not a file")
+    return folder / name
+
+
+def check_regular(path: Path):
+    """InputError for a pipe, a device or a folder: a file is read whole, and more than once."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: not a regular file; save what it holds to one, and give that")
+
+
+def read_small(path: Path) -> str:
+    """The text of a file that is small by its nature; a leading byte order mark is dropped."""
+    check_regular(path)
+    try:
+        if path.stat().st_size > SMALL:
+            raise InputError(f"{path}: larger than {SMALL >> 20} MB")
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if text.startswith(POINTER):
+        raise InputError(f"{path}: a git-lfs pointer, not the file: run git lfs pull there")
+    return text
+
+
+POINTER = "version https://git-lfs"
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's object;
+    InputError names the file when it is missing, broken or not an object."""
+    try:
+        value = json.loads(read_small(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def find_model(name: str, *, weights: bool = True) -> Path:
+    """A directory as it is; a known name or a hub id (owner/name) fetched from the hub,
+    or from its local cache.
+
+    Only configuration, tokenizer, prompts and *.safetensors are fetched; weights=False:
+    config.json, preset and prompts alone, for what a budget needs, and not even these where
+    shapes/ knows the name. InputError: gated, no network, unknown.
+    """
+    if not weights and name in NAMES and (HERE / "plumbing/shapes" / name).is_dir():
+        return HERE / "plumbing/shapes" / name
+    name = NAMES.get(name, name)
+    if os.path.isdir(name):
+        return Path(name)
+    repo = name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
+        raise InputError(f"model {name!r}: no such directory, and not one of {', '.join(NAMES)} "
+                         "or a hub id owner/name")
+    try:
+        # Their * also matches a slash; of the folders, only prompts/ is wanted.
+        kinds = (["*.safetensors", "*.json", "*.jinja"] if weights
+                 else ["config.json", "training.json"])
+        return Path(snapshot_download(
+            repo, allow_patterns=[*kinds, *PROMPTS],
+            ignore_patterns=["*/" + kind for kind in kinds]))
+    except errors.GatedRepoError:
+        raise InputError(f"model {repo} is gated: accept its licence at "
+                         f"https://huggingface.co/{repo}, make a token "
+                         "at https://huggingface.co/settings/tokens, "
+                         "then run: hf auth login") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise InputError(f"model {repo}: no such directory, and the hub knows no such repository "
+                         "(or it is private: hf auth login). "
+                         f"Known names: {', '.join(NAMES)}") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError,
+            OSError) as error:
+        raise InputError(f"model {repo}: the hub could not be reached ({type(error).__name__}) "
+                         "and no copy lies in the local cache. Where there is a network run: "
+                         f"hf download {repo} --local-dir DIR, and "
+                         "give DIR in place of the name") from None
+
+
+def read_prompt(path, places=()) -> str:
+    """A prompt file's text, outer blanks removed; refused if empty, or without a {place}."""
+    text = read_small(Path(path)).strip()
+    if not text:
+        raise InputError(f"{path}: nothing in it")
+    for name in places:
+        if f"{{{name}}}" not in text:
+            raise InputError(f"{path}: no {{{name}}} in it, so the {name} would go unseen")
+    return text
+
+
+def prompt_file(model_path: Path, name: str) -> Path:
+    """prompts/NAME.txt of the model's directory, if it has a language of its own, or ours."""
+    own = inside(model_path, f"prompts/{name}.txt")
+    return own if own.exists() else HERE / "prompts" / f"{name}.txt"
+
+
+def pick_device(name: str = "auto", path: Path | None = None) -> tuple[torch.device, torch.dtype]:
+    """The device of that name (auto: what the model at `path` asks for in its training.json, else
+    cuda, then mps, then cpu) and the dtype to compute in there.
+
+    bfloat16 on CUDA; fp32 elsewhere: most CPUs multiply bfloat16 several times slower than fp32,
+    and GPUs before Ampere (V100, T4, 20x0) have no units for it. Those could multiply fp16, but its
+    largest number is 65,504, which a Llama's residual stream and its gradients leave without loss
+    scaling, which we do not do: fp32 there is slower and right.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto" and path and (file := inside(path, "training.json")).exists():
+        name = "cpu" if read_json(file).get("device") == "cpu" else name     # the embedded ones
+    name = next(d for d in available if available[d]) if name == "auto" else name
+    if not available[name]:
+        raise InputError(f"--device {name}: PyTorch finds none here")
+    if name == "cuda":
+        # cuDNN's attention builds a plan for every new shape, and shapes change with every batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # Models and batches differ in the sizes of their tensors: segments that can grow leave
+        # fewer gaps. Read when CUDA starts; what the user set stays.
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:                  # its older name
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    rounded = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device(name), torch.bfloat16 if rounded else torch.float32

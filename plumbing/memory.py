@@ -1,0 +1,233 @@
+"""What a reader may skip: fp32 master weights beside a bfloat16 policy, and --offload.
+
+--offload, for small cards: masters, moments and frozen models rest in host memory. On the GPU is
+only the model at work in a phase (Stage), and while the policy learns its fp32 gradients; the
+optimiser streams masters and moments through in blocks. Every number is computed by the same kernel
+from the same operands as without. On a CPU the run is the same bit for bit
+(test_an_offloaded_run_is_the_plain_one_bit_for_bit); on a GPU no two runs are: attention's backward
+pass adds in no fixed order.
+"""
+import math
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from model import Llama, stored_dtype
+from plumbing.files import InputError
+
+# Elements of a host buffer (2 GiB in fp32), and of a block on its way through the GPU (268 MB in
+# fp32; two streams with three tensors each: 1.6 GB).
+BUFFER, BLOCK = 2**29, 2**26
+
+
+class MasterAdamW:
+    """AdamW on fp32 master weights, which a bfloat16 policy follows.
+
+    A bfloat16 weight of 0.02 moves in steps of about 1e-4: an AdamW step of 3e-6 would round to
+    nothing (test_a_step_of_1e_6_moves_fp32_masters_but_not_bf16_weights). So masters, moments and
+    the sum of the micro-batches' gradients are fp32, and the policy that plays and is
+    differentiated is a rounded copy. An fp32 policy is its own master, unless masters are
+    offloaded: then the policy at rest is its masters, and the policy at work a copy on the device.
+
+    Gradients are in the parameters' .grad, fp32 in all cases; between updates there are none.
+    """
+
+    def __init__(self, policy: Llama, dtype: torch.dtype, *, weight_decay: float,
+                 offload: bool = False):
+        self.policy, self.weight_decay, self.offload = policy, weight_decay, offload
+        self.params = list(policy.parameters())
+        self.rounded = dtype != torch.float32
+        self.updates = 0                       # AdamW's steps; its bias correction counts them
+        if offload:
+            rest(policy)
+        self.masters = [p.detach().float() for p in self.params]        # no copies of fp32 ones
+        for p in self.params if self.rounded else ():
+            if not offload:                    # else rounded on its way to the device (Stage)
+                p.data = p.data.to(dtype)
+            # A micro-batch's first bfloat16 gradient is widened; autograd adds the next ones to
+            # it, in fp32 (test_a_bf16_policy_follows_its_masters_and_gradients_add_up_in_fp32).
+            p.grad_dtype = None                # any: by default .grad must have the weight's dtype
+            p.register_post_accumulate_grad_hook(widen)
+        empty = host_buffers if offload else lambda like: list(map(torch.empty_like, like))
+        self.exp_avg, self.exp_avg_sq = empty(self.masters), empty(self.masters)
+        for moment in self.exp_avg + self.exp_avg_sq:
+            moment.zero_()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, clip: float) -> float:
+        """One step; returns the gradient's norm before clipping. Not finite: nothing moves."""
+        norm = nn.utils.clip_grad_norm_(self.params, clip or math.inf).item()
+        moved = [i for i, p in enumerate(self.params) if p.grad is not None]
+        if moved and math.isfinite(norm):
+            self.updates += 1
+            update = self._stream if self.offload else self._all_at_once
+            update(moved, learning_rate)
+        self.discard()
+        return norm
+
+    def _adamw(self, learning_rate: float, masters, grads, exp_avg, exp_avg_sq):
+        """torch.optim.AdamW's own step, in one kernel; the count of steps is raised in there."""
+        before = torch.full((len(masters),), float(self.updates - 1), device=grads[0].device)
+        adamw(masters, grads, exp_avg, exp_avg_sq, [], list(before.unbind()), fused=True,
+              amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=learning_rate,
+              weight_decay=self.weight_decay, maximize=False)
+
+    def _all_at_once(self, moved: list[int], learning_rate: float):
+        pick = lambda tensors: [tensors[i] for i in moved]
+        grads = [p.grad for p in pick(self.params)]
+        self._adamw(learning_rate, pick(self.masters), grads, pick(self.exp_avg),
+                    pick(self.exp_avg_sq))
+        for p, master in zip(pick(self.params), pick(self.masters)) if self.rounded else ():
+            p.copy_(master)
+
+    def _stream(self, moved: list[int], learning_rate: float):
+        """Block by block: masters and moments in, one AdamW step, and out again.
+
+        Blocks go by turns on two streams, so that one is on its way in while the other computes
+        and goes out. 38.6 GB each way for Llama-3.2-3B, some 2 s at 25 GB/s. AdamW on the host
+        would need as long (28 bytes a weight: 4 s on one core at 23 GB/s) and add in another order
+        than the GPU's kernel.
+        """
+        device = self.params[moved[0]].grad.device
+        main = torch.cuda.current_stream() if device.type == "cuda" else None
+        streams = [torch.cuda.Stream() if main else None for _ in range(2)]
+        for stream in streams if main else ():
+            stream.wait_stream(main)
+        turn = 0
+        for i in moved:
+            p = self.params[i]
+            whole = (p.data, p.grad, self.masters[i], self.exp_avg[i], self.exp_avg_sq[i])
+            for weights, grad, *held in zip(*(t.view(-1).split(BLOCK) for t in whole)):
+                turn = 1 - turn
+                with torch.cuda.stream(streams[turn]):           # None: the only one there is
+                    block = [torch.empty_like(t, device=device).copy_(t, non_blocking=True)
+                             for t in held]
+                    self._adamw(learning_rate, [block[0]], [grad], [block[1]], [block[2]])
+                    weights.copy_(block[0], non_blocking=True)
+                    for t, new in zip(held, block):
+                        t.copy_(new, non_blocking=True)
+        # The gradients stay until here: what is freed while another stream reads it can be given
+        # away, or unmapped (expandable segments).
+        for stream in streams if main else ():
+            main.wait_stream(stream)
+        if main:
+            main.synchronize()           # the host may read what is now in its memory
+            torch.cuda.empty_cache()     # the streams' blocks would stay theirs
+
+    def discard(self):
+        """Forget the gradients that have been added up."""
+        self.policy.zero_grad()
+
+    def gradient_norm(self) -> float:
+        return nn.utils.clip_grad_norm_(self.params, math.inf).item()
+
+    # ------------------------------------------------------------ on disk
+
+    @property
+    def masters_apart(self) -> bool:
+        """Whether the stored weights are rounded: then the masters are stored beside them."""
+        return self.rounded or stored_dtype(self.policy).itemsize < 4
+
+    def bytes_on_disk(self) -> int:
+        """A checkpoint's size with the weights: 6.4 + 38.6 GB for Llama-3.2-3B, stored in bf16."""
+        count = sum(p.numel() for p in self.params)
+        carried = sum(map(len, self.policy.carried.values()))
+        state = 8 + 4 * self.masters_apart
+        return count * (stored_dtype(self.policy).itemsize + state) + carried + 2**20
+
+    def held(self, updates: int) -> dict[str, list[Tensor]]:
+        """What a checkpoint stores beside the weights after so many updates, by file."""
+        held = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq} if updates else {}
+        return held | ({"masters": self.masters} if self.masters_apart else {})
+
+    def save(self, folder: Path):
+        """Masters (where the weights are not their own) and moments as fp32 safetensors, a file
+        each, so that the host holds one of them at a time."""
+        folder.mkdir()
+        names = [name for name, _ in self.policy.named_parameters()]
+        for kind, tensors in self.held(self.updates).items():
+            save_file({name: t.detach().cpu() for name, t in zip(names, tensors)},
+                      folder / f"{kind}.safetensors")
+
+    @torch.no_grad()
+    def load(self, folder: Path, updates: int):
+        """What save() wrote, into a policy that holds the same checkpoint's weights."""
+        self.updates = updates
+        for kind, tensors in self.held(updates).items():
+            with safe_open(folder / f"{kind}.safetensors", "pt") as file:
+                for (name, _), tensor in zip(self.policy.named_parameters(), tensors):
+                    tensor.copy_(file.get_tensor(name))
+        for p, master in zip(self.params, self.masters):
+            p.copy_(master)
+
+
+def widen(p: nn.Parameter):
+    p.grad = p.grad.float()                          # no copy if it is fp32 already
+
+
+# ---------------------------------------------------------------- offload
+
+class Stage:
+    """Of the models that rest in host memory, the one that is at work on the device.
+
+    A model stays until another is called. At rest nothing of it is on the device; what comes is a
+    copy in the dtype to compute in, so that leaving costs nothing: frozen models have not changed,
+    and the policy's masters are ahead of its copy (MasterAdamW writes both). The sampler's captured
+    graphs hold the copy's addresses; they live within one call, in which nobody comes or leaves.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.model, self.resting = None, []
+
+    def call(self, model: Llama):
+        if model is self.model:
+            return
+        if self.model:
+            for p, data in zip(self.model.parameters(), self.resting):
+                p.data = data
+            torch.cuda.empty_cache()                 # models differ in the sizes of their tensors
+        self.model, self.resting = model, [p.data for p in model.parameters()]
+        for p in model.parameters():
+            p.data = torch.empty_like(p.data, device=self.device, dtype=self.dtype).copy_(
+                p.data, non_blocking=True)           # not blocking: widths change on the device
+
+
+def rest(model: Llama):
+    """Move a model's weights into page-locked host buffers."""
+    for p, place in zip(model.parameters(), host_buffers([p.data for p in model.parameters()])):
+        p.data = place.copy_(p.data)
+
+
+def host_buffers(like: list[Tensor]) -> list[Tensor]:
+    """Empty host tensors of these shapes and dtypes, side by side in few large flat buffers.
+
+    Page-locked where there is a GPU: copies are then several times faster and run beside its work.
+    PyTorch rounds each such allocation up to a power of two: 254 tensors of their own would take
+    36 % more than they hold, one flat buffer of 12.9 GB 34 %, buffers of 2 GiB, filled by first
+    fit, 1 % (test_host_buffers_of_llama_3_2_3b_lose_next_to_nothing).
+    """
+    buffers, places = plan_buffers([t.numel() for t in like])
+    try:
+        flat = [torch.empty(size, dtype=like[0].dtype, pin_memory=torch.cuda.is_available())
+                for size in buffers]
+    except RuntimeError as error:
+        wanted = sum(buffers) * like[0].itemsize
+        raise InputError(f"--offload: no {wanted / 1e9:.1f} GB of page-locked host memory: "
+                         + str(error).splitlines()[0]) from None
+    return [flat[k][start:start + t.numel()].view(t.shape) for t, (k, start) in zip(like, places)]
+
+
+def plan_buffers(counts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+    """First fit: the buffers' sizes in elements, and the (buffer, start) of each tensor."""
+    filled, places = [], []
+    for count in counts:
+        k = next((k for k, used in enumerate(filled) if used + count <= BUFFER), len(filled))
+        filled += [0] if k == len(filled) else []
+        places.append((k, filled[k]))
+        filled[k] += count
+    return filled, places

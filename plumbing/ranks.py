@@ -1,0 +1,180 @@
+"""What a reader may skip: one game on W processes, for when one GPU is not enough.
+
+    torchrun --nproc-per-node 8 train.py --model llama-3.2-3b --out runs/A --requeue
+
+Every process (rank) holds the models and goes through the same round in the same order. What takes
+time is cut into W parts and put together again: completions (sample.py), pairs under a reward model
+or a judge (rewards.py), queries in the update (train.py). So each rank knows the whole round, the
+advantages are those of one process, the gradients are summed, and all take the same step: weights
+stay alike bit for bit. Rank 0 alone writes and speaks. Without torchrun nothing here does anything.
+
+Ranks meet in exchange(), and always all of them. One that must stop (a signal, no memory, a full
+disk) brings its reason to the next meeting, where it becomes everyone's.
+"""
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plumbing.cli import RunStopped, run_script
+from plumbing.files import InputError
+
+# How long the others wait for a rank. torchrun sees at once that one has ended; this is for one
+# that hangs, and must outlast the writing of a checkpoint and the longest difference in a phase.
+PATIENCE = timedelta(minutes=30)
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def together(main):
+    """Call main() on each of torchrun's processes; where one stops, all do, and rank 0 says why."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return main()
+    store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun keeps its store over a restart, and in it the addresses of the dead. (On several
+        # machines it counts restarts on each: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                            store=store, rank=number, world_size=count, timeout=PATIENCE)
+    if rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():      # before its memory is read
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    code = 0
+    try:
+        run_script(lambda: to_the_end(main))
+    except SystemExit as end:
+        code = end.code
+    # Not through Python's own end: there a rank whose run was done was once seen to abort (PyTorch
+    # 2.13, gloo; probably a thread let go of a tensor), which torchrun takes for a failed rank.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def to_the_end(main):
+    """main(), then wait for the others; where one stops, all raise its reason or end with it."""
+    try:
+        main()
+        exchange(None)                 # rank 0 may still be writing
+    except (InputError, RunStopped) as error:
+        reason = agreed(error)
+        if rank():
+            sys.exit(getattr(reason, "code", 2))
+        raise reason from None
+
+
+def check_gpu(device: torch.device):
+    """InputError where this rank has no GPU of its own; together() has made it current."""
+    if world() > 1 and device.type == "cuda":
+        place, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= found:
+            raise InputError(f"{place + 1} processes or more on a machine with {found} GPUs: "
+                             "torchrun --nproc-per-node takes at most one a GPU")
+
+
+# ---------------------------------------------------------------- meetings
+
+@contextmanager
+def peers():
+    """A meeting to which one does not come ends the run; what was saved before stays whole."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = RunStopped(f"another rank has ended, or was silent for {PATIENCE.seconds // 60} "
+                          "minutes; to go on from the newest whole checkpoint: --resume "
+                          f"({str(error).splitlines()[0]})", can_save=False)
+        lost.told = True               # there is nobody left to meet
+        raise lost from None
+
+
+def exchange(value, error: Exception | None = None) -> list:
+    """What each rank brings, in their order; all raise the first error that one of them brings."""
+    brought = [(value, error)] * world()
+    if world() > 1:
+        with peers():
+            dist.all_gather_object(brought, (value, error))
+    for number, (_, reason) in enumerate(brought):
+        if reason:
+            if number:
+                reason.args = (f"rank {number}: {reason}",)
+            reason.told = True
+            raise reason
+    return [value for value, _ in brought]
+
+
+def agreed(error: Exception) -> Exception:
+    """The reason for which all ranks stop, from this one's, which the others may not know yet."""
+    try:
+        if not getattr(error, "told", False):
+            exchange(None, error)
+    except (InputError, RunStopped) as reason:
+        return reason
+    return error
+
+
+def first(function):
+    """What function() returns, or why it fails, on rank 0, which alone calls it."""
+    value = error = None
+    if rank() == 0:
+        try:
+            value = function()
+        except (InputError, RunStopped) as reason:
+            error = reason
+    sent = exchange(value, error)[0]             # a copy, even of one's own
+    return sent if rank() else value
+
+
+# ---------------------------------------------------------------- parts
+
+def share(items, cost=lambda item: 1) -> list:
+    """This rank's part of a list. The parts, one after the other, are the list; they cost about
+    the same, and some may be empty."""
+    costs = [cost(item) for item in items]
+    total, before, mine = sum(costs), 0, []
+    for item, own in zip(items, costs):
+        if (2 * before + own) * world() // (2 * total) == rank():            # where its middle lies
+            mine.append(item)
+        before += own
+    return mine
+
+
+def gather(part: list | Tensor) -> list | Tensor:
+    """All ranks' parts, one after the other: lists, or tensors of any device."""
+    if world() == 1:
+        return part
+    if isinstance(part, list):
+        return sum(exchange(part), [])
+    return torch.cat(exchange(part.cpu())).to(part.device)
+
+
+def add_up(params: list[Tensor]):
+    """Sum each parameter's gradient over the ranks, in fp32 and in place. One that has none, having
+    had no rows, adds zeros."""
+    if world() == 1:
+        return
+    for p in params:
+        p.grad = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad
+    with peers():
+        for work in [dist.all_reduce(p.grad, async_op=True) for p in params]:
+            work.wait()
+
+
+def alike(weights: list[Tensor]):
+    """Stop if a rank's fp32 weights are no longer rank 0's, bit for bit: nothing after is right."""
+    if world() > 1:
+        sums = exchange([w.detach().view(torch.int32).sum().item() for w in weights])
+        for number, theirs in enumerate(sums):
+            if theirs != sums[0]:
+                raise RunStopped(f"rank {number} has other weights than rank 0", can_save=False)

@@ -1,0 +1,280 @@
+"""Plain text for rlpt.py: files as passages that are read when they are drawn, texts as segments.
+
+    segments("Dr. Li came at 3.15. She left.")             # ["Dr. Li came at 3.15. ", "She left."]
+    texts = Texts("books/")                                # .txt, or JSON lines with `text`
+    pieces, targets = texts.read(0, "asr")                 # a passage's segments
+
+Rules and short lists of words, no model: deterministic, linear time, every script whose sentences
+end with a mark; the words are English, with a few French, German and Spanish ones.
+tests/test_texts.py lists what they get right, and what they do not.
+"""
+import codecs
+import json
+import re
+import zlib
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+from plumbing.chat import SURROGATE
+from plumbing.files import SMALL, InputError
+
+PASSAGE = 2**15           # bytes: after so many a passage ends at a blank line, or by twice as many
+BLANK = re.compile(rb"\n[ \t\r]*+\n")
+LONGEST = 1000            # characters of a segment to predict
+
+
+# ---------------------------------------------------------------- segments
+
+# Marks that end a sentence, then what closes with it: quotes, brackets, emphasis, footnote numbers.
+# Possessive (++, *+), so that a megabyte of dots is read in linear time.
+MARKS = re.compile(r"([.!?…‽؟۔।॥։።]++|[。！？｡．]++)"
+                   r"((?:[\"'”’“»›)\]}*_」』）》】〉]| ?»|\[[0-9]{1,3}\])*+)")
+ENDING, CLOSING = ".!?…‽؟۔।॥։。！？｡．", "\"'”’“»›)]}*_」』）》】〉"
+OPENING = "\"'“‘„«‹([{¿¡*_「『（《【〈"
+WIDE_MARKS = "。！？｡．"
+GOES_ON = ".,;:!?…)]}»–—-"                # a mark before one of these has not ended the sentence
+NEVER_LAST = set("""mr mrs ms mx dr prof gen col maj capt cpt lt sgt cmdr adm gov sen rep rev hon
+    pres messrs mme mlle sra srta hr fr dra vs cf viz ca approx e.g i.e z.b d.h u.a bzw vgl evtl
+    al""".split())
+BEFORE_NUMBERS = set("""no nos nr fig figs eq eqs sec secs ch chap vol vols p pp art par ver ed tab
+    jan feb mar apr jun jul aug sep sept oct nov dec""".split())
+EITHER = set("inc ltd co corp bros jr sr esq etc dept univ est st ave blvd rd mt ft usw".split())
+# Words that begin sentences, and no names: after EITHER or an initial, the sentence has ended.
+BEGINNERS = set("""The A An This That These Those There Here He She It We They You I His Her Its
+    Our Their My Your But And Or So Then Now Yet In On At As If When While After Before Because
+    Although However Once Some Many Most All Every What Who Why How Where No Not Yes For From With
+    By To Only Let Do Did Is Are Was Were""".split())
+INITIALS = re.compile(r"(?:[^\W\d_]{1,2}\.)*[^\W\d_]{1,2}")
+NUMBERING = re.compile(r"\(?(?:[0-9]{1,3}(?:\.[0-9]{1,3})*|[A-Za-z]|[IVXLivxl]{1,6})")
+# Lines that begin a new segment, and lines that are one by themselves.
+ITEM = re.compile(r"(?:[-*+•‣◦▪·–—]|\(?[0-9]{1,3}[.)]|\(?[a-z]\))\s|>")
+ALONE = re.compile(r"#{1,6}\s|\||```|~~~|[\W_]+\Z")
+FENCE = re.compile(r"\s*(?:```|~~~)")
+
+
+def wide(c: str) -> bool:
+    """Whether a character is of a script written without blanks: Chinese, Japanese."""
+    return "\u2e80" <= c <= "\u9fff" or "\uf900" <= c <= "\ufaff" or "\uff00" <= c <= "\uffef" or (
+        "\U00020000" <= c <= "\U0003ffff")
+
+
+def ends_sentence(text: str, begin: int, mark: re.Match) -> bool:
+    """Whether the sentence that began at `begin` ends with this match of MARKS."""
+    marks, closing, after = mark[1], mark[2], text[mark.end():mark.end() + 24]
+    if not after:
+        return True
+    following = after.lstrip(" " + OPENING)
+    if marks[0] in WIDE_MARKS:             # 「行く。」と言った goes on; ３．１４ is a number
+        return not (after[0] in "、，。！？…" or closing and after[0] in "とっ"
+                    or marks == "．" and after[0].isdigit())
+    if after[0] != " ":                    # 3.14, a.b, https://x.org/?q=1; but 好!我
+        return marks[-1] in "!?" and wide(after[0])
+    if after[1] in GOES_ON or following[:1].islower():
+        return False
+    if marks != ".":
+        return True
+    before = text[max(begin, mark.start() - 24):mark.start()]
+    word = before.rpartition(" ")[2].lstrip(OPENING)
+    if mark.start() - begin < 10 and NUMBERING.fullmatch(before.strip()):
+        return False                       # "1. First", "IV. The Storm"
+    if word.lower() in NEVER_LAST:
+        return False
+    if word.lower() in BEFORE_NUMBERS:
+        return not following[:1].isdigit()
+    initials = len(word) == 1 and word.isalpha() and word != "I" or (
+        "." in word and INITIALS.fullmatch(word))
+    if word.lower() in EITHER or initials:
+        return re.match(r"\w*", following)[0] in BEGINNERS
+    return True
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Paragraphs, list items, headings, table rows and fenced code, each with the lines' ends that
+    follow it. A paragraph's own line breaks are blanks; fenced code is kept as it is."""
+    lines = text.splitlines()
+    fences, opened = {}, None                                  # first line -> last line
+    for n, line in enumerate(lines):
+        if FENCE.match(line):
+            if opened is None:
+                opened = n
+            elif not line.strip(" \t`~"):
+                fences[opened], opened = n, None
+    found, going, n = [], False, 0                             # going: a paragraph that is not over
+    while n < len(lines):
+        line, last = " ".join(lines[n].split()), fences.get(n)
+        if last is not None:
+            found.append(["\n".join(lines[n:last + 1]), "\n"])
+            n = last
+        elif not line:
+            if found:
+                found[-1][-1] = "\n\n"
+        elif going and not (ALONE.match(line) or ITEM.match(line)):
+            found[-1][-1:] = ["" if wide(found[-1][-2][-1]) and wide(line[0]) else " ", line, "\n"]
+        else:
+            found.append([line, "\n"])
+        going, n = bool(line) and last is None and not ALONE.match(line), n + 1
+    for *pieces, gap in found:
+        yield "".join(pieces), gap
+
+
+def sentence_ends(block: str) -> Iterator[int]:
+    begin = 0
+    for mark in MARKS.finditer(block):
+        if ends_sentence(block, begin, mark):
+            begin = mark.end()
+            yield begin
+    if begin < len(block):
+        yield len(block)
+
+
+def segments(text: str, least: int = 0) -> list[str]:
+    """A text's sentences, list items, headings and blocks of code, in linear time.
+
+    Each is followed by the blank that stood after it, so that "".join() is the text again (with
+    its line breaks evened out). Those of fewer than `least` characters are left out.
+    """
+    found = []
+    for block, gap in blocks(text):
+        begin = 0
+        for end in [len(block)] if FENCE.match(block) else sentence_ends(block):
+            piece = block[begin:end].lstrip(" ")
+            space = gap if end == len(block) else " " * (block[end] == " ")
+            if len(piece) >= max(1, least):
+                found.append([piece, space])
+            elif found:
+                found[-1][1] = max(found[-1][1], space, key=len)
+            begin = end
+    return [piece + space for piece, space in found[:-1]] + [piece for piece, _ in found[-1:]]
+
+
+def is_whole(segment: str) -> bool:
+    """Whether a segment is a whole sentence: it ends with a mark."""
+    return segment.rstrip(CLOSING + " \n").endswith(tuple(ENDING))
+
+
+# ---------------------------------------------------------------- texts
+
+class Texts:
+    """The texts of a file or of a folder's .txt and .jsonl files, as passages that are read when
+    they are drawn: one pass, which also checks them, notes where each begins and ends.
+
+    In memory: 32 bytes a passage of 32 KB and more. `crc`: one number for all that was read.
+    InputError names the file, and the line that is not UTF-8 or holds no text.
+    """
+
+    def __init__(self, path: str, least: int = 0):
+        self.path, self.least, self.crc = Path(path), least, 0
+        if not self.path.is_dir() and not self.path.is_file():
+            raise InputError(f"--text {path}: no such file or folder (a pipe is none, either)")
+        try:
+            self.files = [self.path] if self.path.is_file() else sorted(
+                file for file in self.path.rglob("*")
+                if file.suffix in (".txt", ".jsonl") and file.is_file())
+            self.places = array("q")       # per passage: file, offset of the JSON line, begin, end
+            for n, file in enumerate(self.files):
+                self.crc = zlib.crc32(str(file.relative_to(self.path)).encode(), self.crc)
+                with open(file, "rb") as data:
+                    for at, begin, end in (self.in_lines if is_json(file) else self.in_text)(data):
+                        self.places.extend((n, at, begin, end))
+        except OSError as error:
+            raise InputError(f"{error.filename or path}: {error.strerror}") from None
+        if not self.places:
+            raise InputError(f"--text {path}: no text in it (of a folder .txt and .jsonl files are "
+                             "read)")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __len__(self) -> int:
+        return len(self.places) // 4
+
+    def in_text(self, data) -> Iterator[tuple[int, int, int]]:
+        """Places of a .txt file's passages; a megabyte of it is in memory at a time."""
+        decoder, line, at, rest = codecs.getincrementaldecoder("utf-8")(), 1, 0, b""
+        while True:
+            block = data.read(2**20)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                raise InputError(f"{data.name}, line {line}: not UTF-8 ({error.reason})") from None
+            self.crc, line = zlib.crc32(block, self.crc), line + block.count(b"\n")
+            rest += block
+            ends = [*cuts(rest, last=not block)]
+            for begin, end in zip([0, *ends], ends):
+                yield 0, at + begin, at + end
+            if not block:
+                return
+            at, rest = at + max(ends, default=0), rest[max(ends, default=0):]
+
+    def in_lines(self, data) -> Iterator[tuple[int, int, int]]:
+        """Places of the passages of JSON lines; a line is in memory at a time."""
+        at, number = 0, 0
+        while line := data.readline(SMALL):
+            number += 1
+            self.crc = zlib.crc32(line, self.crc)
+            try:
+                text = text_of_line(line)
+            except ValueError as error:
+                raise InputError(f"{data.name}, line {number}: {error}") from None
+            ends = [*cuts(text, last=True)]
+            yield from ((at, begin, end) for begin, end in zip([0, *ends], ends))
+            at += len(line)
+
+    def read(self, number: int, kind: str) -> tuple[list[str], list[int]]:
+        """A passage's segments, and the places of those that an episode of this kind can ask for:
+        whole sentences, neither the first, nor, where the next one is shown, the last."""
+        n, at, begin, end = self.places[4 * number:4 * number + 4]
+        with open(self.files[n], "rb") as data:
+            try:
+                if is_json(self.files[n]):
+                    data.seek(at)
+                    text = text_of_line(data.readline(SMALL))[begin:end].decode()
+                else:
+                    data.seek(begin)
+                    text = data.read(end - begin).decode("utf-8-sig")
+            except ValueError:
+                raise InputError(f"{self.files[n]}: changed since it was first read") from None
+        pieces = segments(text, self.least)
+        return pieces, [i for i in range(1, len(pieces) - (kind == "msr"))
+                        if is_whole(pieces[i]) and len(pieces[i]) <= LONGEST]
+
+
+def is_json(file: Path) -> bool:
+    return file.suffix in (".jsonl", ".json")
+
+
+def text_of_line(line: bytes) -> bytes:
+    """The text of a JSON line in UTF-8, empty for a blank line; ValueError says what is wrong."""
+    if len(line) == SMALL:
+        raise ValueError(f"longer than {SMALL >> 20} MB")
+    try:
+        entry = json.loads(line) if line.strip() else {"text": ""}
+    except RecursionError as error:
+        raise ValueError(error) from None
+    text = entry.get("text") if isinstance(entry, dict) else None
+    if not isinstance(text, str):
+        raise ValueError("expected an object with a field text, a string")
+    if half := SURROGATE.search(text):
+        raise ValueError(f"half a character, {half[0]!r}, in the text")
+    return text.encode()
+
+
+def cuts(text: bytes, *, last: bool) -> Iterator[int]:
+    """Where passages of UTF-8 end, each of PASSAGE to 2 * PASSAGE bytes: at the first blank line,
+    else at the last line's end, else between two characters.
+    last: the text ends here, and so does its last passage."""
+    begin = 0
+    while len(text) - begin > 2 * PASSAGE:
+        blank = BLANK.search(text, begin + PASSAGE, begin + 2 * PASSAGE)
+        end = blank.end() if blank else text.rfind(
+            b"\n", begin + PASSAGE, begin + 2 * PASSAGE) + 1
+        if end <= begin:
+            end = begin + 2 * PASSAGE
+            while text[end] & 0xC0 == 0x80:                        # inside a character
+                end -= 1
+        yield end
+        begin = end
+    if last and text[begin:].strip():
+        yield len(text)
