@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import rewards
 from evals import benchmarks, grade, judges, plot, results
-from evals.results import append_line, read_lines
 from model import load_model
 from plumbing.chat import Tokenizer
 from plumbing.cli import Parser, run_script
@@ -36,7 +35,7 @@ from plumbing.files import (
     read_json,
     read_prompt,
 )
-from plumbing.runs import write_json
+from plumbing.runs import append_line, read_lines, write_json
 from sample import Completion, check_finite, decode, text_of
 
 # ---------------------------------------------------------------- answers

@@ -74,8 +74,8 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str) -> Tens
 
 
 def policy_loss(logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor, *,
-                beta: float, kl: str = "k2", count: int | None = None,
-                copies: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+                beta: float, kl: str = "k2",
+                count: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 4 (Solver's rows) or Eq. 5 (Challenger's rows):
     the loss, a scalar, and statistics as sums over sequences.
 
@@ -84,14 +84,12 @@ def policy_loss(logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask:
     advantages: (B,). mask: (B, T), 1 on the completion's tokens, its stop token included,
     0 elsewhere.
     count: sequences in the whole step, over all micro-batches and ranks (default B), so that the
-    micro-batches' losses add up to the step's. copies: (B,) how many identical sequences each row
-    stands for (default 1); a row's advantage is then the sum of its copies' advantages.
+    micro-batches' losses add up to the step's.
     Statistics: kl (k3, nats), logp (sum over tokens: -logp / tokens estimates the entropy),
     tokens, sequences.
     """
     B = len(advantages)
     count = B if count is None else count
-    copies = torch.ones_like(advantages) if copies is None else copies
     # The stop-gradient ratio pi / sg(pi). Its value is always 1; its gradient is grad log pi, so
     # ratio * A carries the policy gradient A * grad log pi
     # (test_stop_gradient_ratio_has_the_policy_gradient). The printed loss is therefore about 0 by
@@ -104,9 +102,7 @@ def policy_loss(logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask:
     if ref_logp is not None:
         nats = kl_estimate(logp.detach(), ref_logp, mask, "k3")              # (B,)   for the log
     if beta != 0:
-        objective = objective - beta * copies * kl_estimate(logp, ref_logp, mask, kl)
+        objective = objective - beta * kl_estimate(logp, ref_logp, mask, kl)
     loss = -objective.sum() / count             # Eq. 4: -1/(NG) sum_ij [ratio_ij A_ij - beta KL_ij]
-    tokens = mask.sum(-1)                                                    # (B,)
-    sums = {"kl": (nats * copies).sum(), "logp": (s.detach() * copies).sum(),
-            "tokens": (tokens * copies).sum(), "sequences": copies.sum()}
-    return loss, sums
+    return loss, {"kl": nats.sum(), "logp": s.detach().sum(), "tokens": mask.sum().to(s.dtype),
+                  "sequences": torch.full_like(loss, B)}

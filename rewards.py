@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from model import Llama, load_model
-from plumbing import ranks
 from plumbing.cache import shared_forward
 from plumbing.chat import Tokenizer, fill, fit, without_tags
 from plumbing.cli import RunStopped
@@ -45,9 +44,8 @@ def last_hidden(model: Llama, rows: list[list[int]], groups: list, batch_tokens:
     """Hidden state at each row's last token, (len(rows), D), at most batch_tokens padded tokens a
     forward pass. groups: (len(rows),) whose rows begin alike, as the answers to one query do; what
     neighbours of a group share is computed once."""
-    mine = ranks.share(range(len(rows)), lambda i: len(rows[i]))
     out = model.model.embed_tokens.weight.new_empty(len(rows), model.config.hidden_size)
-    waiting = sorted(mine, key=lambda i: len(rows[i]))
+    waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while waiting:
         batch = take_batch(waiting, lambda ids: len(ids) * len(rows[ids[-1]]), batch_tokens)
         members = {}
@@ -59,7 +57,7 @@ def last_hidden(model: Llama, rows: list[list[int]], groups: list, batch_tokens:
         hidden = shared_forward(model, prompts, which, rests)                # (b, 1 + T, D)
         ends = torch.tensor([len(rest) for rest in rests], device=hidden.device)
         out[batch] = hidden.take_along_dim(ends[:, None, None], 1)[:, 0]     # (b, D)
-    return ranks.gather(out[mine])
+    return out
 
 
 # ---------------------------------------------------------------- reward model
@@ -96,9 +94,8 @@ class RewardModel:
 def as_rewards(values, count: int) -> Tensor:
     """What a reward returned, as (count,) fp32 on the CPU; infinite numbers become NaN.
 
-    A NaN that reaches the update skips it, and is counted (gradient.py). Anything but one number
-    for each answer stops the run. Under torchrun rank 0's word holds: a reward that asks a server,
-    or draws lots, must not tell each rank another.
+    A NaN that reaches the update skips it, and is counted. Anything but one number for each answer
+    stops the run.
     """
     try:
         R = torch.as_tensor(values, dtype=torch.float32).cpu()
@@ -111,7 +108,7 @@ def as_rewards(values, count: int) -> Tensor:
     if R.shape != (count,):
         raise RunStopped(f"the reward must return {count} numbers, one for each answer; found "
                          + found)
-    return ranks.exchange(torch.where(R.isfinite(), R, float("nan")))[0]
+    return torch.where(R.isfinite(), R, float("nan"))
 
 
 def score(reward, queries: list[str], answers: list[str], golds: list, stopped: Tensor) -> Tensor:
@@ -142,7 +139,7 @@ class Scale:
 
 def ask_judge(judge: Llama, tokenizer: Tokenizer, firsts: list[str], seconds: list[str], *,
               scale: Scale, prompt: str, reading: str = "generate", temperature: float = 0.0,
-              max_new_tokens: int = 256, generator: torch.Generator | None = None,
+              max_new_tokens: int = 256, seeds: list[int] | None = None,
               batch_tokens: int = 65536, nonce: str = "") -> tuple[Tensor, list[dict]]:
     """The judge's score of each pair of texts: (M,) fp32, NaN where unread,
     and a record a pair for the logs. self_reward() and verdicts() are this with their own scale.
@@ -186,7 +183,7 @@ def ask_judge(judge: Llama, tokenizer: Tokenizer, firsts: list[str], seconds: li
                         for m, ids, cut, held, unread in zip(mass.tolist(), prompts, shortened,
                                                              tags, scores.isnan().tolist())]
     written = sample(judge, prompts, max_new_tokens=max_new_tokens, temperature=temperature,
-                     stop_ids=tokenizer.stop_ids, generator=generator, batch_tokens=batch_tokens)
+                     stop_ids=tokenizer.stop_ids, seeds=seeds, batch_tokens=batch_tokens)
     scores, records = [], []
     for (judgement,), ids, cut, held in zip(written, prompts, shortened, tags):
         text = text_of(tokenizer, judgement)

@@ -13,6 +13,7 @@ too (--min-prediction 0 opens the hole), and so has a target; a text of more tha
 passages of 32 KB or more, each with a beginning of its own (texts.py).
 """
 import re
+import zlib
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -165,7 +166,7 @@ class Verdict:
     min_prediction: int = 1
     least: int = 0
     world: ModuleType | None = None         # knows what is right itself: nobody is asked
-    generator: torch.Generator | None = None
+    seed: int = 0                           # of a judge that samples
     nonce: str = ""
     records: list[dict] = ()
     shortened: int = 0
@@ -183,7 +184,8 @@ class Verdict:
             scores, judged = rewards.verdicts(
                 self.model, self.tokenizer, *map(list, zip(*number)), prompt=self.prompt,
                 reading=self.reading, temperature=self.temperature,
-                max_new_tokens=self.max_new_tokens, generator=self.generator,
+                max_new_tokens=self.max_new_tokens, seeds=[
+                    zlib.crc32(repr((self.seed, *pair)).encode()) for pair in number],
                 batch_tokens=self.batch_tokens, nonce=self.nonce)
         self.shortened = sum(record["shortened"] for record in judged)
         R, self.records = torch.zeros(len(answers)), []

@@ -28,7 +28,6 @@ from plumbing.cache import Cache, prefill
 from plumbing.chat import Tokenizer, fill
 from plumbing.cli import Parser, run_script
 from plumbing.files import InputError, find_model, pick_device, prompt_file, read_prompt
-from plumbing.ranks import gather, share
 
 
 @dataclass
@@ -47,14 +46,13 @@ def text_of(tokenizer: Tokenizer, completion: Completion) -> str:
 @torch.inference_mode()
 def sample(model: Llama, prompts: list[list[int]], *, num_samples: int = 1,
            max_new_tokens: int | list[int] = 256, temperature: float = 1.0, stop_ids=(),
-           generator: torch.Generator | None = None,
+           seeds: list[int] | None = None, generator: torch.Generator | None = None,
            batch_tokens: int = 65536) -> list[list[Completion]]:
     """num_samples completions of each prompt (token ids in, Completions out, in the same order).
 
     max_new_tokens: one limit, or one per completion in the order prompt, sample.
-    generator: one 64-bit seed per completion is drawn from it at once, so that a completion depends
-    on its own seed alone and not on batch, chunk or neighbours
-    (test_a_completion_does_not_depend_on_its_company).
+    seeds: one a completion, which depends on its own alone and not on batch, chunk or neighbours
+    (test_a_completion_does_not_depend_on_its_company). Default: drawn from the generator.
     batch_tokens: rows times their longest length, prompt included, that decode together;
     the rest waits its turn.
     InputError when a prompt is empty or does not fit into the model's context with its new tokens.
@@ -71,7 +69,8 @@ def sample(model: Llama, prompts: list[list[int]], *, num_samples: int = 1,
             raise InputError(f"prompt {i // num_samples} has {length} tokens: with {limit} new "
                              "ones it must be at least 1 and fit into the model's context "
                              f"of {context}")
-    seeds = torch.randint(2**63 - 1, (total,), generator=generator).tolist()
+    if seeds is None:
+        seeds = torch.randint(2**63 - 1, (total,), generator=generator).tolist()
 
     device = model.model.embed_tokens.weight.device
     tokens = torch.zeros(total, max(limits, default=0), dtype=torch.long, device=device)
@@ -80,8 +79,7 @@ def sample(model: Llama, prompts: list[list[int]], *, num_samples: int = 1,
     # a prompt's samples stay neighbours and share its prefill.
     length = lambda i: len(prompts[i // num_samples])
     room = lambda rows: len(rows) * max(length(i) + limits[i] for i in rows)
-    mine = share(range(total))                                      # torchrun's ranks: ranks.py
-    waiting = sorted(mine, key=length)
+    waiting = sorted(range(total), key=length)
     while waiting:
         rows = take_batch(waiting, room, batch_tokens)
         steps = decode(model, [prompts[i // num_samples] for i in rows],
@@ -93,12 +91,11 @@ def sample(model: Llama, prompts: list[list[int]], *, num_samples: int = 1,
             logp[rows[inside], step] = token_logp.to(logp.dtype)
     done = []
     tokens, logp = tokens.tolist(), logp.tolist()
-    check_finite(x for i in mine for x in logp[i])
-    for i in mine:
+    check_finite(x for line in logp for x in line)
+    for i in range(total):
         said, likely, limit = tokens[i], logp[i], limits[i]
         end = next((t + 1 for t in range(limit) if said[t] in stop_ids), limit)
         done.append(Completion(said[:end], likely[:end], said[end - 1] in stop_ids))
-    done = gather(done)
     return [done[i:i + num_samples] for i in range(0, total, num_samples)]
 
 

@@ -3,17 +3,16 @@ or (RLPT, arXiv 2509.19249; rlpt.py) on plain text.
 
     python train.py                                        # the embedded model, a minute on a CPU
     python train.py --model llama-3.2-3b                   # LSP at the paper's settings, one GPU
-    python train.py --model llama-3.2-3b --algo lsp-zero   # the bare zero-sum game
     python train.py --model llama-3.2-3b --algo grpo --prompts alpaca.json
     python train.py --model llama-3.2-3b --algo rlpt --text books/
     python train.py --model runs/A/checkpoint --judge llama-3.2-3b    # a second stage
-    torchrun --nproc-per-node 8 train.py --model llama-3.2-3b    # on eight GPUs (ranks.py)
+    torchrun --nproc-per-node 8 train.py --model llama-3.2-3b    # on eight GPUs
     python train.py --watch                                # one round as a transcript, no update
     python train.py --resume runs/A                        # as if it had never been stopped
 
-Departures from the paper: KL as k2, since the printed term pulls nowhere (lsp.py; --kl paper for
-the letter). GRPO is Eq. 4 on given prompts: no division by the standard deviation, and no clipping,
-which could never bind, every batch being used once. Shapes: N queries, G answers a query.
+Departures from the paper: the KL term is k2, since the printed one has no gradient on average
+(lsp.py; --kl paper for the letter). GRPO is Eq. 4 on given prompts, without division by the
+standard deviation and without clipping: every batch is used once, so a clip could never bind.
 """
 import json
 import math
@@ -21,143 +20,167 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 import lsp
 import rewards
+import rlpt
 from evals.heldout import evaluate, evaluate_world
-from evals.results import read_lines
-from game import Game, set_up
-from gradient import Row, accumulate, culprits, refer, unsound
-from model import save_model
+from model import Llama, Tokenizer, load_model, read_config, save_model
 from plumbing import cli, log, ranks, report, runs
-from plumbing.chat import fit
-from plumbing.data import CHALLENGE, JUDGE, NONCE, SOLVE, draw, generator
-from plumbing.files import pick_device
-from plumbing.memory import MasterAdamW
-from plumbing.phases import StopRequest, out_of_memory
+from plumbing.cache import pad, shared_forward
+from plumbing.chat import fill, fit
+from plumbing.data import (
+    CHALLENGE,
+    JUDGE,
+    NONCE,
+    SOLVE,
+    check_data,
+    draw,
+    opening,
+    read_data,
+    seeds,
+)
+from plumbing.files import InputError, find_model, pick_device, prompt_file, read_prompt
+from plumbing.logprobs import log_probs
+from plumbing.memory import MasterAdamW, Stage, rest
+from plumbing.phases import Phases, StopRequest
+from plumbing.runs import read_lines
 from plumbing.settings import Settings, resolve, run_name
-from rlpt import draw_episodes
-from sample import Completion, sample, text_of
+from plumbing.texts import Texts
+from sample import Completion, sample, take_batch, text_of
+from tiny import world as tiny_world
+
+# Shapes: N queries, G answers a query, B rows of a micro-batch, T tokens of its longest completion,
+# M tokens of all its completions laid end to end, D hidden size.
 
 # ----------------------------------------------------- challenge, solve, score, advantages
 
 @dataclass
 class Round:
-    """One round of play. Tensors and lists of N queries, and of N groups of G answers."""
-    queries: list[str]                     # as they were asked (see `shortened`)
-    golds: list[str | None]
-    kinds: list[str] | None                # rlpt: of task, asr or msr
-    query_rows: list[Completion]           # (N), empty where the queries are data
-    solver_prompts: list[list[int]]        # (N)
-    answer_rows: list[list[Completion]]    # (N, G)
-    answers: list[list[str]]               # (N, G)
-    R: Tensor                              # (N, G) before scaling
-    R_Q: Tensor | None                     # (N, G) unread ones filled in
-    judgements: list[dict]                 # (N * G), empty without a judge
-    kept: Tensor                           # (N,) bool: not held out for evaluation
-    A_sol: Tensor                          # (N, G)
-    A_ch: Tensor | None                    # (N,)
-    shortened: dict[str, int]              # texts cut to fit a context: queries, rewarded, judged
-    seconds: dict[str, float]              # by phase
+    """One round of play: N queries, and G answers to each. Under torchrun a process first has the
+    round of its own n queries, then the whole."""
+    queries: list[str]                              # as they were asked (see `shortened`)
+    golds: list[str | None]                         # reference answers, where the data has them
+    kinds: list[str] | None                         # rlpt: asr or msr
+    query_rows: list[Completion]                    # (N)    empty where the queries are given
+    shortened: dict[str, int]                       # inputs that were truncated, by what they are
+    solver_prompts: list[list[int]] = ()            # (N)
+    answer_rows: list[list[Completion]] = ()        # (N, G)
+    answers: list[list[str]] = ()                   # (N, G)
+    R: Tensor | None = None                         # (N, G) before --reward-scale
+    R_Q: Tensor | None = None                       # (N, G) None without a self-reward
+    judgements: list[dict] = ()                     # (N * G), empty without a judge
+    kept: Tensor | None = None                      # (N,)   False: held out for evaluation
+    A_sol: Tensor | None = None                     # (N, G)
+    A_ch: Tensor | None = None                      # (N,)   None where the queries are given
+    seconds: dict[str, float] = field(default_factory=dict)      # by phase
 
 
-def play(game: Game, step: int) -> Round:
-    """Algorithm 1 up to the update. What is random in it depends on the seed and the step alone."""
-    s, G, phase = game.settings, game.settings.answers, game.phase
-    phase.seconds, phase.peak_gb = {}, {}
-    speak = dict(temperature=s.temperature, stop_ids=game.tokenizer.stop_ids,
-                 batch_tokens=s.batch_tokens)
-
-    # Challenge: q ~ pi_Ch(q) = pi(q | <cp>). The query is all that was written, and nothing else.
-    # In rlpt and grpo the queries are given.
-    query_rows, golds, kinds, shortened = [], [None] * s.queries, None, {}
+def ask(game: "Game", step: int, mine: slice) -> Round:
+    """The queries of one process: q ~ pi_Ch(q) = pi(q | <cp>), or, in rlpt and grpo, given ones."""
+    s = game.settings
     if game.texts:
-        queries, golds, kinds, cut = map(list, zip(*draw_episodes(game, step)))
-        shortened["contexts"] = sum(cut)
-    elif game.data:
-        queries, golds = map(list, zip(*draw(game.data, s.queries, s.seed, step)))
-    else:
-        with phase("challenge", game.policy):
-            (query_rows,) = sample(game.policy, [game.challenger_prompt], num_samples=s.queries,
-                                   max_new_tokens=s.query_tokens,
-                                   generator=generator(s.seed, step, CHALLENGE), **speak)
-        queries = [text_of(game.tokenizer, row) for row in query_rows]
-
-    # Solve: a ~ pi_Sol(a|q) = pi(a | q as a plain user turn), G times. A query whose text takes
-    # more tokens than the Challenger wrote, more than the context holds, is asked without its end.
-    with phase("solve", game.policy):
-        fitted = fit(game.tokenizer, [(q,) for q in queries],
-                     lambda q: [{"role": "user", "content": q}],
-                     game.policy.config.max_position_embeddings - s.answer_tokens)
-        solver_prompts, queries = [ids for ids, _, _ in fitted], [q for _, (q,), _ in fitted]
-        shortened["queries"] = sum(cut for _, _, cut in fitted)
-        answer_rows = sample(game.policy, solver_prompts, num_samples=G,
-                             max_new_tokens=s.answer_tokens,
-                             generator=generator(s.seed, step, SOLVE), **speak)
-        answers = [[text_of(game.tokenizer, row) for row in group] for group in answer_rows]
-
-    # Score: R(q, a), in rlpt the judge's verdict, and in lsp its R_Q(q, a).
-    stopped = [[row.stopped for row in group] for group in answer_rows]              # (N, G)
-    R, R_Q, judgements, cut = score(game, step, queries, golds, answers, stopped)
-    shortened |= cut
-
-    # Advantages, over the queries that may be learnt from.
-    keep = lambda query: not (game.world and game.world.is_held_out(query))
-    kept = torch.tensor([keep(q) for q in queries])                                  # (N,)
-    quality = None if R_Q is None else R_Q[kept]
-    A_sol = torch.zeros_like(R)                                                      # (N, G)
-    A_sol[kept] = lsp.solver_advantages(s.reward_scale * R[kept], quality)           # Eq. 3
-    A_ch = torch.zeros(len(queries)) if query_rows else None                         # (N,)
-    if query_rows and kept.sum() >= 2:
-        A_ch[kept] = lsp.challenger_advantages(s.reward_scale * R[kept], quality)    # Eq. 3
-    return Round(queries, golds, kinds, query_rows, solver_prompts, answer_rows, answers, R, R_Q,
-                 judgements, kept, A_sol, A_ch, shortened, phase.seconds)
+        queries, golds, kinds, cut = map(list, zip(*rlpt.draw_episodes(game, step)[mine]))
+        return Round(queries, golds, kinds, [], {"contexts": sum(cut)})
+    if game.data:
+        queries, golds = map(list, zip(*draw(game.data, s.queries, s.seed, step)[mine]))
+        return Round(queries, golds, None, [], {})
+    streams = seeds(s.seed, step, CHALLENGE, s.queries)[mine]
+    with game.phase("challenge", game.policy):
+        groups = sample(game.policy, [game.challenger_prompt] * len(streams), seeds=streams,
+                        max_new_tokens=s.query_tokens, **game.sampling)
+    rows = [row for (row,) in groups]
+    # The query is all that was written, and nothing else.
+    return Round([text_of(game.tokenizer, row) for row in rows], [None] * len(rows), None, rows, {})
 
 
-def score(game: Game, step: int, queries: list[str], golds: list[str | None],
-          answers: list[list[str]], stopped: list[list[bool]],
-          ) -> tuple[Tensor, Tensor | None, list[dict], dict[str, int]]:
-    """R (N, G), R_Q (N, G) or None, what the judge said to each pair (N * G, or none), and how many
-    texts were cut to fit a context. The same pair is scored once."""
-    s, G, phase = game.settings, game.settings.answers, game.phase
-    asked_each = [(q, a, gold, whole)
-                  for q, gold, group, ends in zip(queries, golds, answers, stopped)
-                  for a, whole in zip(group, ends)]
-    number = {t: i for i, t in enumerate(dict.fromkeys(asked_each))}         # of each distinct one
-    at = torch.tensor([number[t] for t in asked_each]).view(-1, G)                   # (N, G)
-    asked, answered, gold, whole = map(list, zip(*number))
-    R_Q, judgements = None, []
-    nonce = str(torch.randint(10**6, (), generator=generator(s.seed, step, NONCE)).item())
-    with phase("judge" if s.verdict else "reward", game.scorer):
-        if s.verdict:
-            game.reward.generator, game.reward.nonce = generator(s.seed, step, JUDGE), nonce
-        R = rewards.score(game.reward, asked, answered, gold, torch.tensor(whole))[at]
-    cut = {"rewarded": getattr(game.reward, "shortened", 0)}
+def play(game: "Game", step: int) -> Round:
+    """Algorithm 1 up to the update. What is random in it depends on the seed and the step alone."""
+    s, G, context = game.settings, game.settings.answers, game.policy.config.max_position_embeddings
+    mine, answered = ranks.slice_of(s.queries), ranks.slice_of(s.queries, G)
+    game.phase.reset()
+    r = ask(game, step, mine)
+    with game.phase("solve", game.policy):         # a ~ pi_Sol(a|q) = pi(a | q as a user turn)
+        fitted = fit(game.tokenizer, [(q,) for q in r.queries],
+                     lambda q: [{"role": "user", "content": q}], context - s.answer_tokens)
+        r.solver_prompts, r.queries = [ids for ids, _, _ in fitted], [q for _, (q,), _ in fitted]
+        r.shortened["queries"] = sum(cut for _, _, cut in fitted)
+        r.answer_rows = sample(game.policy, r.solver_prompts, num_samples=G,
+                               seeds=seeds(s.seed, step, SOLVE, s.queries * G)[answered],
+                               max_new_tokens=s.answer_tokens, **game.sampling)
+        r.answers = [[text_of(game.tokenizer, row) for row in group] for group in r.answer_rows]
+    with game.phase("judge" if s.verdict else "reward", game.scorer):
+        score(game, step, r)                                                             # (n, G)
+    if s.self_reward:
+        with game.phase("judge", game.judge):
+            judge(game, step, r, answered)                                               # (n, G)
+    r = ranks.gather(r)                            # from here on every process knows all N queries
+    r.seconds = game.phase.seconds
+    r.kept = torch.tensor([not (game.world and game.world.is_held_out(q)) for q in r.queries])
+    R, R_Q = s.reward_scale * r.R[r.kept], None if r.R_Q is None else r.R_Q[r.kept]
+    r.A_sol = torch.zeros_like(r.R)                                                      # (N, G)
+    r.A_sol[r.kept] = lsp.solver_advantages(R, R_Q)                                      # Eq. 3
+    if r.query_rows:
+        r.A_ch = torch.zeros(len(r.queries))                                             # (N,)
+        if len(R) > 1:
+            r.A_ch[r.kept] = lsp.challenger_advantages(R, R_Q)                           # Eq. 3
+    return r
+
+
+def nonce(s: Settings, step: int) -> str:
+    """A number of this step that no text can know, for a judge's prompt with a {nonce}."""
+    return str(seeds(s.seed, step, NONCE, 1)[0] % 10**6)
+
+
+def score(game: "Game", step: int, r: Round):
+    """R(q, a), in rlpt the judge's verdict: R (n, G) and, for a verdict, what was said."""
+    s, G = game.settings, game.settings.answers
+    pairs = [(q, a, gold) for q, group, gold in zip(r.queries, r.answers, r.golds) for a in group]
+    stopped = torch.tensor([row.stopped for group in r.answer_rows for row in group])
     if s.verdict:
-        judgements = [game.reward.records[i] for i in at.flatten().tolist()]
-    elif game.judge is not None:
-        if s.judge_temperature and s.self_reward == "generate":      # drawn anew for each
-            at = torch.arange(len(asked_each)).view(-1, G)
-            asked, answered, *_ = map(list, zip(*asked_each))
-        with phase("judge", game.judge):
-            scores, records = rewards.self_reward(
-                game.judge, game.judge_tokenizer, asked, answered, prompt=game.judge_prompt,
-                reading=s.self_reward, temperature=s.judge_temperature,
-                max_new_tokens=s.judge_tokens, generator=generator(s.seed, step, JUDGE),
-                batch_tokens=s.batch_tokens, nonce=nonce)
-        R_Q = rewards.fill_unparsed(scores[at])                                      # (N, G)
-        judgements = [records[i] for i in at.flatten().tolist()]
-        cut["judged"] = sum(record["shortened"] for record in records)
-    return R, R_Q, judgements, cut
+        game.reward.seed, game.reward.nonce = s.seed, nonce(s, step)
+    r.R = rewards.score(game.reward, *map(list, zip(*pairs)), stopped).view(-1, G)       # (n, G)
+    r.judgements = list(game.reward.records) if s.verdict else []
+    r.shortened["rewarded"] = getattr(game.reward, "shortened", 0)
+
+
+def judge(game: "Game", step: int, r: Round, answered: slice):
+    """The self-reward R_Q(q, a): R_Q (n, G) and what the judge said to each pair. A greedy judge is
+    asked once about equal pairs."""
+    s, G = game.settings, game.settings.answers
+    pairs = [(q, a) for q, group in zip(r.queries, r.answers) for a in group]
+    streams = seeds(s.seed, step, JUDGE, s.queries * G)[answered]
+    sampled = s.judge_temperature > 0 and s.self_reward == "generate"
+    number = dict(enumerate(pairs)) if sampled else dict.fromkeys(pairs)
+    distinct = list(number.values()) if sampled else list(number)
+    at = list(range(len(pairs))) if sampled else [distinct.index(pair) for pair in pairs]
+    scores, records = rewards.self_reward(
+        game.judge, game.judge_tokenizer, *map(list, zip(*distinct)), prompt=game.judge_prompt,
+        reading=s.self_reward, temperature=s.judge_temperature, max_new_tokens=s.judge_tokens,
+        seeds=streams[:len(distinct)], batch_tokens=s.batch_tokens, nonce=nonce(s, step))
+    r.R_Q = rewards.fill_unparsed(scores[at].view(-1, G))                                # (n, G)
+    r.judgements = [records[i] for i in at]
+    r.shortened["judged"] = sum(record["shortened"] for record in records)
 
 
 # ---------------------------------------------------------------- update
+
+@dataclass
+class Row:
+    """A completion on its way into the loss."""
+    prompt: list[int]
+    completion: Completion
+    advantage: float
+    ref_logp: list[float] | None = None        # one a token, from reference_log_probs()
+
 
 def learning_rate(s: Settings, step: int) -> float:
     """Linear warm-up to --learning-rate, then linear decay to --final-lr-share of it at the end."""
@@ -167,39 +190,30 @@ def learning_rate(s: Settings, step: int) -> float:
     return s.learning_rate * (1 - done * (1 - s.final_lr_share))
 
 
-def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
-    """One gradient step on L = L_Sol + alpha_Ch * L_Ch; returns its metrics.
-
-    Where a reward, log-prob, loss or gradient is not finite, nothing moves; "faults" says where.
-    """
-    s = game.settings
-    kept = r.kept.nonzero()[:, 0].tolist()
-    mine = ranks.share(kept, lambda n: sum(len(row.tokens) for row in r.answer_rows[n]))
-    solver = [Row(r.solver_prompts[n], completion, advantage.item())
-              for n in mine for completion, advantage in zip(r.answer_rows[n], r.A_sol[n])]
+def update(game: "Game", optimizer: MasterAdamW, r: Round, step: int) -> dict:
+    """One gradient step on L = L_Sol + alpha_Ch * L_Ch; returns its metrics. Where the gradient is
+    not finite, nothing moves, and "faults" names the samples with such a reward or log-prob."""
+    s, count, rate = game.settings, int(r.kept.sum()), learning_rate(game.settings, step)
+    mine = [n for n in range(len(r.queries))[ranks.slice_of(len(r.queries))] if r.kept[n]]
+    solver = [Row(r.solver_prompts[n], completion, A) for n in mine
+              for completion, A in zip(r.answer_rows[n], r.A_sol[n].tolist())]
     challenger = [Row(game.challenger_prompt, r.query_rows[n], r.A_ch[n].item())
                   for n in mine if r.query_rows]
-    sol, ch, loss, norm = Counter(), Counter(), None, None
-    rate = learning_rate(s, step)
-    faults = unsound(r)
-    if s.beta and not faults:
+    if s.beta:
         with game.phase("reference", game.reference):
-            refer(game, solver)
-            refer(game, challenger)
+            reference_log_probs(game, solver + challenger)
     with game.phase("update", game.policy):
-        if not faults:
-            sol, ch = differentiate(game, optimizer, solver, challenger, len(kept))
-            loss = sol["loss"] + s.alpha_ch * ch["loss"]
-            if math.isfinite(loss):
-                norm = optimizer.step(rate, s.grad_clip)
-            if norm is None or not math.isfinite(norm):
-                faults = ranks.gather(culprits(game, optimizer, mine, solver, challenger)) or [
-                    {"query": None, "answer": None, "what": "gradient of all samples together"}]
+        sol = accumulate(game, solver, 1.0, count * s.answers)                           # Eq. 4
+        ch = accumulate(game, challenger, s.alpha_ch, count)                             # Eq. 5
+        sol, ch = ranks.total(sol), ranks.total(ch)
+        norm = optimizer.step(rate, s.grad_clip) if count else None
+    loss = sol["loss"] + s.alpha_ch * ch["loss"]
+    faults = [] if norm is not None and math.isfinite(norm) else non_finite(r)
     mean = lambda key, per, sums: sums[key] / sums[per] if sums[per] else None
     entropy = lambda sums: -sums["logp"] / sums["tokens"] if sums["tokens"] else None
     tokens = sol["tokens"] + ch["tokens"]
     return {
-        "loss": loss,
+        "loss": loss if not faults else None,
         "kl_solver": mean("kl", "sequences", sol) if s.beta else None,
         "kl_challenger": mean("kl", "sequences", ch) if s.beta else None,
         "entropy_solver": entropy(sol), "entropy_challenger": entropy(ch),
@@ -208,35 +222,227 @@ def update(game: Game, optimizer: MasterAdamW, r: Round, step: int) -> dict:
     }
 
 
-def differentiate(game: Game, optimizer: MasterAdamW, solver: list[Row], challenger: list[Row],
-                  count: int) -> tuple[Counter, Counter]:
-    """Add up the gradient of L; out of memory, once more with half the micro-batch.
+def non_finite(r: Round) -> list[dict]:
+    """The samples with a reward or log-prob that is not finite, counted from 1 in the order of
+    samples.jsonl (answer None: the query itself); their sum, where each of them is finite."""
+    faults, finite = [], lambda row: math.isfinite(sum(row.logp))
+    for n in r.kept.nonzero()[:, 0].tolist():
+        if r.query_rows and not finite(r.query_rows[n]):
+            faults.append({"query": n + 1, "answer": None, "what": "log-prob"})
+        for g, (row, reward) in enumerate(zip(r.answer_rows[n], r.R[n].tolist()), 1):
+            if not math.isfinite(reward) or not finite(row):
+                what = "log-prob" if math.isfinite(reward) else "reward"
+                faults.append({"query": n + 1, "answer": g, "what": what})
+    everything = {"query": None, "answer": None, "what": "gradient of all samples together"}
+    return faults or [everything] * bool(r.kept.any())
 
-    count: queries that are learnt from, of which these rows are all, or under torchrun this rank's.
+
+def token_log_probs(model: Llama, rows: list[Row], temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs of the rows' completion tokens (B, T), 0 beyond their ends, and the mask (B, T)."""
+    prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
+    which = [prompts.index(tuple(row.prompt)) for row in rows]
+    # The last token, a stop token or the one before the limit, predicts nothing that is needed.
+    rests = [row.completion.tokens[:-1] for row in rows]
+    hidden = shared_forward(model, prompts, which, rests)                                # (B, T, D)
+    tokens, lengths = pad([row.completion.tokens for row in rows], "cpu")                # (B, T)
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]                              # (B, T)
+    # Chosen by number, and counted on the host: a mask on the GPU would have to be waited for.
+    at = mask.flatten().nonzero()[:, 0].to(hidden.device)                                # (M,)
+    logp = log_probs(model, hidden.flatten(0, 1)[at], tokens[mask].to(hidden.device),
+                     temperature=temperature)                                            # (M,)
+    padded = logp.new_zeros(mask.numel()).scatter(0, at, logp).view(mask.shape)          # (B, T)
+    return padded, mask.to(hidden.device)
+
+
+def micro_batches(rows: list[Row], tokens: int) -> Iterator[list[Row]]:
+    """The rows in passes of so many padded tokens: distinct prompts, and completions. Completions
+    of like length go together, for little padding; those of one prompt share it."""
+    def padded(rows: list[Row]) -> int:
+        prompts = {tuple(row.prompt) for row in rows}
+        return (len(prompts) * max(map(len, prompts))
+                + len(rows) * max(len(row.completion.tokens) for row in rows))
+    waiting = sorted(rows, key=lambda row: len(row.completion.tokens))
+    while waiting:
+        yield take_batch(waiting, padded, tokens)
+
+
+@torch.no_grad()
+def reference_log_probs(game: "Game", rows: list[Row]):
+    """Store in each row its completion's log-probs under the reference.
+
+    A pass of its own before the update's, so that the reference need not be on the GPU with the
+    gradients; in the same micro-batches, so that both sides of the KL round alike.
     """
-    s, G = game.settings, game.settings.answers
-    for last in (False, True):
-        sums = None
-        try:
-            sums = (accumulate(game, solver, 1.0, count * G),                # Eq. 4
-                    accumulate(game, challenger, s.alpha_ch, count))         # Eq. 5
-        except (RuntimeError, MemoryError) as error:
-            if last or not out_of_memory(error):
-                raise
-        everyones = ranks.exchange(sums)
-        if None not in everyones:
-            if count:
-                ranks.add_up(optimizer.params)
-            sol, ch = Counter(), Counter()
-            for one, other in everyones:
-                sol.update(one)
-                ch.update(other)
-            return sol, ch
-        optimizer.discard()                # out here: the error held on to the pass's tensors
-        torch.cuda.empty_cache()
-        s.micro_batch_tokens = max(1, s.micro_batch_tokens // 2)
-        print(f"out of memory in phase update: again with --micro-batch-tokens "
-              f"{s.micro_batch_tokens}, from here on", flush=True)
+    batches = list(micro_batches(rows, game.settings.micro_batch_tokens))
+    scored = [token_log_probs(game.reference, batch, game.settings.temperature)[0]
+              for batch in batches]                                                      # (B, T)
+    for batch, logp in zip(batches, scored):
+        for row, line in zip(batch, logp.tolist()):
+            row.ref_logp = line[:len(row.completion.tokens)]
+
+
+def batch_loss(policy: Llama, batch: list[Row], s: Settings, count: int) -> tuple[Tensor, dict]:
+    """Eq. 4 or 5 of a micro-batch, `count` rows being in the whole step; statistics as sums."""
+    logp, mask = token_log_probs(policy, batch, s.temperature)                           # (B, T)
+    ref_logp = None
+    if s.beta:
+        ref_logp, _ = pad([row.ref_logp for row in batch], logp.device, logp.dtype)      # (B, T)
+    advantages = logp.new_tensor([row.advantage for row in batch])                       # (B,)
+    loss, sums = lsp.policy_loss(logp, ref_logp, advantages, mask, beta=s.beta, kl=s.kl,
+                                 count=count)
+    sampled, _ = pad([row.completion.logp for row in batch], logp.device, logp.dtype)    # (B, T)
+    gap = ((logp.detach() - sampled).abs() * mask).sum()
+    return loss, sums | {"gap": gap, "loss": loss.detach()}
+
+
+def accumulate(game: "Game", rows: list[Row], weight: float, count: int | None = None) -> Counter:
+    """Add the gradient of weight * (Eq. 4 or 5) over these rows to the policy's; return sums.
+
+    With beta above 0, reference_log_probs() has been here before. The loss is normalised by the
+    number of all rows before it is split into micro-batches, so that their size changes nothing
+    (test_micro_batch_size_changes_no_gradient). count: all rows of the step, where these are one
+    process's (default: these are all).
+    """
+    s, sums = game.settings, Counter()
+    count = len(rows) if count is None else count
+    rows = [row for row in rows if row.completion.stopped or not s.mask_truncated]
+    for batch in micro_batches(rows, s.micro_batch_tokens):
+        loss, statistics = batch_loss(game.policy, batch, s, count)
+        (weight * loss).backward()
+        sums.update(statistics)
+    if not sums:
+        return sums
+    values = torch.stack(list(sums.values())).tolist()       # the only wait for the GPU's results
+    return Counter(dict(zip(sums, values)))
+
+
+# ---------------------------------------------------------------- what a run plays with
+
+@dataclass
+class Game:
+    """What play() and update() need: models, tokenizers, prompts and the reward."""
+    settings: Settings
+    policy: Llama
+    tokenizer: Tokenizer
+    reward: object                         # (queries, answers, golds) -> (len,)
+    reference: Llama | None = None         # None where beta is 0 and nobody judges
+    judge: Llama | None = None             # None without self-reward
+    judge_tokenizer: Tokenizer | None = None
+    judge_prompt: str | None = None        # with {instruction} and {response} to fill
+    challenger_prompt: list[int] | None = None    # <cp> as token ids; None with grpo
+    data: list = ()                        # grpo: (query, gold); else empty
+    held_out: list = ()                    # those of --eval-prompts
+    texts: Texts | None = None             # rlpt: what episodes are made of
+    episode_prompts: dict = field(default_factory=dict)    # "asr", "msr": with {context}, {next}
+    world: ModuleType | None = None        # the embedded world, where it is played
+    sources: dict[str, Path | Texts] = field(default_factory=dict)     # what was read, by flag
+    phase: Phases = field(default_factory=Phases)
+
+    @property
+    def scorer(self) -> Llama | None:
+        """The reward's model, where it has one."""
+        return getattr(self.reward, "model", None)
+
+    @property
+    def sampling(self) -> dict:
+        """How both roles speak."""
+        return {"temperature": self.settings.temperature, "stop_ids": self.tokenizer.stop_ids,
+                "batch_tokens": self.settings.batch_tokens}
+
+
+def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
+    """Read and load all that the settings name; small files first, so that errors come early.
+
+    checkpoint: the policy of a run that is resumed.
+    """
+    device, dtype = pick_device(s.device)
+    ranks.check_gpu(device)
+    if ranks.world() > s.queries:
+        raise InputError(f"{ranks.world()} processes and {s.queries} queries a step: each process "
+                         "needs a query, --queries")
+    stories = s.algo == "rlpt" and s.text == tiny_world.STORIES
+    world = tiny_world if s.reward == "tiny" or stories else None
+    if world and device.type == "cpu":
+        torch.set_num_threads(1)           # matrices this small: threads would wait for each other
+    if s.gpu_memory and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, s.gpu_memory * 1e9 / whole))
+    home = torch.device("cpu") if s.offload else device          # where models rest
+    load = lambda path, dtype=dtype: load_model(path, device=home, dtype=dtype)
+    Tokenizer.date_string = s.date_string
+    start = find_model(s.model)
+    reference_path = find_model(s.reference) if s.reference else start
+    judge_path = find_model(s.judge) if s.judge else reference_path
+    judged = rewards.SELF_REWARD if s.self_reward else (
+        rewards.VERDICT if s.reward == "verdict" else None)
+    data, held_out = [], []
+    read = lambda file: read_data(file, gold=rewards.NEED_GOLD.get(s.reward), boxed=rewards.boxed)
+    if s.algo == "grpo" and world and s.prompts in world.MIXES:
+        data = world.prompts(s.prompts, min(s.queries * s.steps, 10**5), seed=s.seed)
+    elif s.algo == "grpo":
+        data = read(s.prompts)
+    if s.eval_prompts:
+        held_out = read(s.eval_prompts)
+    tokenizer = Tokenizer(start)
+    context = read_config(start).max_position_embeddings
+    check_data(s.prompts, data, tokenizer, context - s.answer_tokens)
+    check_data(s.eval_prompts, held_out, tokenizer, context - s.answer_tokens)
+    game = Game(s, None, tokenizer, rewards.CHECKS.get(s.reward), data=data, held_out=held_out,
+                world=world)
+    game.sources = {"--model": start}
+    for flag in ("prompts", "eval_prompts"):
+        if getattr(s, flag) and not (world and getattr(s, flag) in world.MIXES):
+            game.sources["--" + flag.replace("_", "-")] = Path(getattr(s, flag))
+    if s.algo == "rlpt":
+        rlpt.open_texts(game, start, context)
+    elif s.algo != "grpo":
+        game.sources["--challenger-prompt"] = Path(s.challenger_prompt)
+        given = [name for name in ("task", "template") if getattr(s, name) != "None"]
+        prompt = fill(read_prompt(s.challenger_prompt, given), task=s.task, template=s.template)
+        game.challenger_prompt = opening(tokenizer, s.challenger_prompt, prompt, s.query_tokens,
+                                         context)
+        opening(tokenizer, "--query-tokens and --answer-tokens", "",
+                s.query_tokens + s.answer_tokens, context)
+    if judged:
+        prompt_path = Path(s.self_reward_prompt) if s.self_reward else prompt_file(
+            judge_path, "verdict_strict" if s.strict else "verdict")
+        flag = "--self-reward-prompt" if s.self_reward else "the judge's prompt"
+        game.sources |= {flag: prompt_path, "--judge": judge_path}
+        game.judge_tokenizer = tokenizer if judge_path == start else Tokenizer(judge_path)
+        game.judge_prompt = read_prompt(prompt_path, judged.places)
+        opening(game.judge_tokenizer, prompt_path,
+                fill(game.judge_prompt, **dict.fromkeys(judged.places, "")), s.judge_tokens,
+                read_config(judge_path).max_position_embeddings)
+    if not game.reward and s.algo != "rlpt":
+        game.sources["--reward"] = find_model(s.reward)
+        game.reward = rewards.RewardModel(game.sources["--reward"], device=home, dtype=dtype,
+                                          batch_tokens=min(16384, s.batch_tokens))
+    shared = judged and judge_path == reference_path
+    game.reference = load(reference_path) if s.beta or shared else None
+    if game.reference:
+        game.sources["--reference"] = reference_path
+    if judged:
+        game.judge = game.reference if shared else load(judge_path)
+    if s.algo == "rlpt":
+        game.reward = rlpt.Verdict(
+            game.judge, game.judge_tokenizer, game.judge_prompt, reading=s.verdict,
+            temperature=s.judge_temperature, max_new_tokens=s.judge_tokens,
+            batch_tokens=s.batch_tokens, min_prediction=s.min_prediction, least=s.min_segment,
+            world=world if s.reward == "tiny" else None)
+    # In its masters' precision; MasterAdamW makes it bf16.
+    game.policy = load(checkpoint or start, torch.float32)
+    game.policy.checkpointing = s.checkpointing
+    for flag in ("policy", "reference", "judge"):
+        model = getattr(game, flag)
+        if model and model.config.scalar_head:
+            raise InputError(f"the {flag} is a reward model, which cannot write")
+    if s.beta and game.reference.config.vocab_size != game.policy.config.vocab_size:
+        raise InputError(f"--reference {s.reference}: another vocabulary than the policy's")
+    if s.offload:
+        game.phase.stage = Stage(device, dtype)
+        for model in {game.scorer, game.reference, game.judge} - {None}:
+            rest(model)                        # the policy: MasterAdamW
+    return game
 
 
 # ---------------------------------------------------------------- the loop
@@ -289,7 +495,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
     """The steps that are left. Only a whole step is ever saved; one that was cut short is played
     again, and draws the same random numbers, which depend on the seed and the step alone."""
     s, out = game.settings, run.folder
-    budget_gb, bounds = report.peaks_gb(s), report.best(game)
+    budget_gb = report.peaks_gb(s)
     step, bad_steps = state["step"], state["bad_steps"]
     saved = step if run.checkpoint else None
     evals = read_lines(out / "eval.jsonl")
@@ -344,12 +550,12 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
             bad_steps = bad_steps + 1 if learnt["skipped"] else 0
             m = {"step": step} | log.measure(s, r, recent) | learnt | {
                 "seconds": seconds, "phase_seconds": r.seconds, "peak_gb": game.phase.peak_gb,
-                "budget_gb": budget_gb} | report.speed(game, r, bounds)
+                "budget_gb": budget_gb, "tokens_per_second": report.speed(game, r)}
             recent.append(r.queries)
             run.append("metrics.jsonl", [m])
             run.append("samples.jsonl", list(log.samples(r, step)))
             print(log.step_line(s, m), flush=True)
-            if bounds:
+            if report.is_large(game.policy.config):
                 print(report.speed_line(m), flush=True)
             if step % 10 == 0:
                 print(log.example_line(r), flush=True)

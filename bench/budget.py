@@ -24,7 +24,6 @@ import torch
 from measure import Load
 
 import train
-from game import Game
 from model import Llama
 from plumbing import budget, phases
 from plumbing.cli import run_script
@@ -33,6 +32,7 @@ from plumbing.files import InputError
 from plumbing.memory import MasterAdamW
 from plumbing.settings import Settings
 from rewards import RewardModel
+from train import Game
 
 MODEL = Load("smollm2-135m")
 GAME = dict(model="random", reward="random", queries=16, answers=4, query_tokens=96,

@@ -27,9 +27,6 @@ import torch
 from measure import ROOT, Load
 from torch.profiler import ProfilerActivity, profile
 
-from evals.results import append_line
-from game import Game
-from gradient import Row, accumulate, completion_logp, refer
 from model import Llama, parse_config
 from plumbing import report
 from plumbing.chat import Tokenizer
@@ -37,10 +34,11 @@ from plumbing.cli import Parser, run_script
 from plumbing.files import InputError, pick_device
 from plumbing.memory import MasterAdamW, Stage, rest
 from plumbing.phases import Phases, out_of_memory
+from plumbing.runs import append_line
 from plumbing.settings import ALGOS, MODELS, Settings, resolve
 from rewards import RewardModel
 from sample import Completion, sample
-from train import play, update
+from train import Game, Row, accumulate, play, reference_log_probs, token_log_probs, update
 
 SECTIONS = ("attention", "decode", "update", "logp", "step")
 # Data sheets: GB/s, and dense bf16 TFLOP/s with fp32 sums. The first name that fits counts.
@@ -378,7 +376,7 @@ def one_update(args, rows: list[Row], offload: bool) -> dict:
     found = {}
     for _ in range(2):                               # the first is warm-up
         game.phase.call(game.reference)
-        found["reference_seconds"] = seconds(args, lambda: refer(game, rows))
+        found["reference_seconds"] = seconds(args, lambda: reference_log_probs(game, rows))
         game.phase.call(policy)
         found["gradient_seconds"] = seconds(args, lambda: accumulate(game, rows, 1.0))
         found["adamw_seconds"] = seconds(args, lambda: optimizer.step(3e-6, 1.0))
@@ -398,7 +396,7 @@ def logp_section(args, bound) -> tuple[list[dict], str]:
     by_size = {}
     with torch.no_grad():
         for size in (16, 1):
-            parts = [completion_logp(model, rows[i:i + size], 1.0)[0].flatten()
+            parts = [token_log_probs(model, rows[i:i + size], 1.0)[0].flatten()
                      for i in range(0, len(rows), size)]
             by_size[size] = torch.cat(parts).float().cpu()
     sampled = torch.tensor([x for row in rows for x in row.completion.logp])
@@ -421,7 +419,7 @@ def attention_section(args, bound) -> tuple[list[dict], str]:
     passes = {
         "training, prompts": lambda: model(torch.tensor([row.prompt for row in rows[::2]],
                                                         device=args.where)).sum().backward(),
-        "training, prompts and completions": lambda: completion_logp(
+        "training, prompts and completions": lambda: token_log_probs(
             model, rows, 1.0)[0].sum().backward(),
         "prefill of judge's prompts": lambda: sample(model, judged, max_new_tokens=1),
         "prefill and decode": lambda: sample(model, [judged[0]] * 2, max_new_tokens=12)}

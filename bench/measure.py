@@ -25,10 +25,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))             # before bench/, whose memory.py is not the project's
 
-from evals.results import append_line  # noqa: E402
 from model import Llama, parse_config  # noqa: E402
 from plumbing.cli import Parser  # noqa: E402
 from plumbing.files import InputError, read_json  # noqa: E402
+from plumbing.runs import append_line  # noqa: E402
 
 
 def known(name: str) -> dict:

@@ -24,9 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoints import write_checkpoint  # noqa: E402
 
-from evals.results import append_line  # noqa: E402
 from plumbing.cli import Parser, run_script  # noqa: E402
 from plumbing.files import InputError  # noqa: E402
+from plumbing.runs import append_line  # noqa: E402
 
 PHASES = ("challenge", "solve", "reward", "judge", "reference", "update")
 

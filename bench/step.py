@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 import lsp
 import train
-from gradient import Row, accumulate, refer
 from plumbing.chat import Tokenizer
 from plumbing.cli import run_script
 from plumbing.memory import MasterAdamW
 from plumbing.settings import Settings
 from sample import Completion
-from train import Game
+from train import Game, Row, accumulate, reference_log_probs
 
 PEERS = ("transformers-full", "transformers-kept", "trl-head")             # of the update
 GRPO_SIDES = ("ours", "trl")
@@ -78,7 +77,7 @@ def our_update(side: str, load: Load, policy, reference):
 
     def run(rows: list[Row]) -> float:
         if load.beta:
-            refer(game, rows)
+            reference_log_probs(game, rows)
         accumulate(game, rows, 1.0)
         return optimizer.step(RATE, CLIP)
     return run

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import rewards
 import rlpt
+from plumbing import ranks
 from plumbing.data import EVALUATE, generator
 from sample import sample, text_of
 
@@ -17,8 +18,9 @@ from sample import sample, text_of
 def greedy(game, queries: list[str]) -> tuple[list[str], Tensor]:
     """The Solver's likeliest answers, and whether each came to its end, (len,) bool."""
     prompts = [game.tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
-    rows = sample(game.policy, prompts, max_new_tokens=game.settings.answer_tokens, temperature=0,
-                  stop_ids=game.tokenizer.stop_ids, batch_tokens=game.settings.batch_tokens)
+    rows = ranks.spread(lambda part: sample(
+        game.policy, part, max_new_tokens=game.settings.answer_tokens, temperature=0,
+        stop_ids=game.tokenizer.stop_ids, batch_tokens=game.settings.batch_tokens), prompts)
     texts = [text_of(game.tokenizer, row) for (row,) in rows]
     return texts, torch.tensor([row.stopped for (row,) in rows])
 

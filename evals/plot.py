@@ -7,8 +7,9 @@ import re
 import textwrap
 from pathlib import Path
 
-from evals.results import interval, mean_error, read_lines, read_results
+from evals.results import interval, mean_error, read_results
 from plumbing.files import InputError
+from plumbing.runs import read_lines
 
 CLASSES = {"none": ":", "unit": "--", "tens": "-.", "both": "-"}       # line styles
 

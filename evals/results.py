@@ -16,35 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.files import InputError
+from plumbing.runs import read_lines
 
 # What may differ between two files that are compared.
 FREE = ("command", "model", "generator", "questions", "seed", "judge_at")
 
 
 # ---------------------------------------------------------------- files
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a .jsonl file, if there is one; a half-written last line is left out."""
-    if not path.exists():
-        return []
-    try:
-        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records += [json.loads(line)] if line else []
-        except (ValueError, RecursionError):
-            raise InputError(f"{path}, line {number}: not JSON") from None
-    return records
-
-
-def append_line(path: Path, record: dict):
-    """One JSON object on a line of its own, in one write."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
 
 def resume(path: Path, header: dict) -> list[dict]:
     """The records that an earlier, interrupted command left; a new file begins with the header.

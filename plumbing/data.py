@@ -121,6 +121,12 @@ def generator(seed: int, step: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0] >> 1))
 
 
+def seeds(seed: int, step: int, purpose: int, count: int) -> list[int]:
+    """Seeds of a step's completions: each depends on the seed, the step, the purpose and its own
+    number alone, and not on how many processes there are."""
+    return torch.randint(2**63 - 1, (count,), generator=generator(seed, step, purpose)).tolist()
+
+
 def draw(data: list, count: int, seed: int, step: int) -> list:
     """The step's `count` entries: each once an epoch, every epoch in an order of its own."""
     places = range(step * count, (step + 1) * count)

@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evals.results import read_lines
+from plumbing.runs import read_lines
 
 # What metrics.jsonl tells of the machine. All else two runs of one game have in common.
-TIMED = ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "budget_gb", "bandwidth_share",
-         "flops_share")
+TIMED = ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "budget_gb")
 
 
 def share(flags: list) -> float | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from model import Llama, stored_dtype
+from plumbing import ranks
 from plumbing.files import InputError
 
 # Elements of a host buffer (2 GiB in fp32), and of a block on its way through the GPU (268 MB in
@@ -59,7 +60,9 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, learning_rate: float, clip: float) -> float:
-        """One step; returns the gradient's norm before clipping. Not finite: nothing moves."""
+        """One step on the gradient, summed over the ranks; returns its norm before clipping. Where
+        that is not finite, nothing moves."""
+        ranks.add_up(self.params)
         norm = nn.utils.clip_grad_norm_(self.params, clip or math.inf).item()
         moved = [i for i, p in enumerate(self.params) if p.grad is not None]
         if moved and math.isfinite(norm):
@@ -121,9 +124,6 @@ class MasterAdamW:
     def discard(self):
         """Forget the gradients that have been added up."""
         self.policy.zero_grad()
-
-    def gradient_norm(self) -> float:
-        return nn.utils.clip_grad_norm_(self.params, math.inf).item()
 
     # ------------------------------------------------------------ on disk
 

@@ -111,6 +111,10 @@ class Phases:
         self.idle = resident("VmRSS")
         self.stage = None                      # memory.Stage, with --offload
 
+    def reset(self):
+        """A step begins."""
+        self.seconds, self.peak_gb = {}, {}
+
     def call(self, model):
         """This model works next (None: no model does)."""
         if self.stage and model:

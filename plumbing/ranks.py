@@ -2,17 +2,17 @@
 
     torchrun --nproc-per-node 8 train.py --model llama-3.2-3b --out runs/A --requeue
 
-Every process (rank) holds the models and goes through the same round in the same order. What takes
-time is cut into W parts and put together again: completions (sample.py), pairs under a reward model
-or a judge (rewards.py), queries in the update (train.py). So each rank knows the whole round, the
-advantages are those of one process, the gradients are summed, and all take the same step: weights
-stay alike bit for bit. Rank 0 alone writes and speaks. Without torchrun nothing here does anything.
+Every process (rank) holds the models and plays its slice of the queries. Then they meet once
+(gather), and each knows the whole round: the advantages are those of one process. Each
+differentiates its slice, the gradients are summed, and all take the same step: weights stay alike
+bit for bit. Rank 0 alone writes and speaks. Without torchrun nothing here does anything.
 
 Ranks meet in exchange(), and always all of them. One that must stop (a signal, no memory, a full
 disk) brings its reason to the next meeting, where it becomes everyone's.
 """
 import os
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -138,25 +138,44 @@ def first(function):
 
 # ---------------------------------------------------------------- parts
 
-def share(items, cost=lambda item: 1) -> list:
-    """This rank's part of a list. The parts, one after the other, are the list; they cost about
-    the same, and some may be empty."""
-    costs = [cost(item) for item in items]
-    total, before, mine = sum(costs), 0, []
-    for item, own in zip(items, costs):
-        if (2 * before + own) * world() // (2 * total) == rank():            # where its middle lies
-            mine.append(item)
-        before += own
-    return mine
+def slice_of(count: int, each: int = 1) -> slice:
+    """This rank's part of `count` things of which each has `each` others: contiguous, in order."""
+    W, n = world(), rank()
+    return slice(each * (count * n // W), each * (count * (n + 1) // W))
 
 
-def gather(part: list | Tensor) -> list | Tensor:
-    """All ranks' parts, one after the other: lists, or tensors of any device."""
-    if world() == 1:
+def gather(part):
+    """All ranks' records of a dataclass as one, field by field: lists and tensors one after the
+    other, counts added up."""
+    parts = exchange(part)
+
+    def join(values: list):
+        if isinstance(values[0], Tensor):
+            return torch.cat(values)
+        if isinstance(values[0], list):
+            return sum(values, [])
+        return added(values) if isinstance(values[0], dict) else values[0]
+    if len(parts) == 1:
         return part
-    if isinstance(part, list):
-        return sum(exchange(part), [])
-    return torch.cat(exchange(part.cpu())).to(part.device)
+    return type(part)(**{name: join([getattr(p, name) for p in parts]) for name in vars(part)})
+
+
+def added(counts: list[dict]) -> Counter:
+    """The sum of each key's numbers."""
+    found = Counter()
+    for one in counts:
+        found.update(one)
+    return found
+
+
+def total(sums: Counter) -> Counter:
+    """All ranks' sums, added up."""
+    return added(exchange(sums))
+
+
+def spread(function, items: list) -> list:
+    """function(items), a list, of which each rank computes its part."""
+    return sum(exchange(function(items[slice_of(len(items))])), [])
 
 
 def add_up(params: list[Tensor]):

@@ -1,17 +1,18 @@
 """What a run needs and what it reaches, in words: the table of --dry-run, each step's speed.
 
     dry_run(s)                     # prints the table; 0: it fits, 3: it does not
-    speed(game, r, bounds)         # a step's tokens/s, and shares of the machine's best
+    speed(game, r)                 # a step's tokens/s
 
-The best, bounds, is measured at the start of a run, in a fraction of a second. Work is what a phase
-needs at least: weights read once a step of decoding and the cache as far as it is filled; in the
-update every distinct prompt and completion once, nothing recomputed. Shapes: as in budget.py.
+A dry run's time comes from the card's data sheet or, without a GPU, from a copy and a product that
+are timed. Work is what a phase needs at least: weights read once a step of decoding and the cache
+as far as it is filled; in the update every distinct prompt and completion once, nothing recomputed.
+Shapes: as in budget.py.
 """
 import time
 
 import torch
 
-from plumbing import budget, ranks
+from plumbing import budget
 from plumbing.budget import PARTS, body, parameters, queries, token_cache
 from plumbing.config import Config
 from plumbing.files import find_model, inside, pick_device, read_json
@@ -51,20 +52,6 @@ def best_of(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
             best(2 * side**3, lambda: square @ square))
 
 
-def best(game) -> tuple[float, float] | None:
-    """best_of the game's device; None for a small model, or where memory is too scarce to try."""
-    weight = game.policy.model.embed_tokens.weight
-    if parameters(game.policy.config) < WORTH_MEASURING:
-        return None
-    try:
-        return best_of(weight.device, weight.dtype)
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        if weight.is_cuda:
-            torch.cuda.empty_cache()
-
-
 # ---------------------------------------------------------------- work
 
 def forward_flops(c: Config, prompts: list[int], rests: list[tuple[int, int]], drawn: int) -> float:
@@ -90,56 +77,31 @@ def decode_bytes(c: Config, width: int, rows: list[tuple[int, int]], limit: int,
     return width * (body(c) + head) * steps + token_cache(c, width) * cached
 
 
-def speed(game, r, bounds: tuple[float, float] | None) -> dict:
-    """Tokens/s of a train.Round's phases; of the machine's best, shares of bandwidth while texts
-    are written and of FLOP/s in the update. Without bounds these are None.
-
-    The first two of a phase include its prefill, and all waiting: they are what a user gets.
-    """
-    s, seconds, G = game.settings, r.seconds, game.settings.answers
-    first = [(len(game.challenger_prompt), len(row.tokens)) for row in r.query_rows]
-    answers = [(r.solver_prompts[i // G], row)
-               for i, row in enumerate(row for group in r.answer_rows for row in group)]
-    written = {"challenge": (game.policy, first, s.query_tokens),
-               "solve": (game.policy, [(len(prompt), len(row.tokens)) for prompt, row in answers],
-                         s.answer_tokens),
-               "judge": (game.judge, [j["judge_tokens"] for j in r.judgements
-                                      if "judge_tokens" in j], s.judge_tokens)}
-    tokens = {name: sum(T for _, T in rows) for name, (_, rows, _) in written.items()}
-    tokens |= {"reward": getattr(game.reward, "tokens", 0)}
-    shares = {}
-    if bounds:
-        shares = {name: decode_bytes(model.config, width_of(model), ranks.share(rows), limit,
-                                     s.batch_tokens)
-                  / seconds[name] / bounds[0]
-                  for name, (model, rows, limit) in written.items() if tokens[name]}
-    # The update's: kept queries, equal rows once.
-    kept = {(tuple(prompt), tuple(row.tokens)) for i, (prompt, row) in enumerate(answers)
-            if r.kept[i // G]}
-    kept |= {(tuple(game.challenger_prompt), tuple(row.tokens))
-             for row, keep in zip(r.query_rows, r.kept) if keep}
-    rests = [(len(prompt), len(row)) for prompt, row in kept]
-    prompts = [len(prompt) for prompt in {prompt for prompt, _ in kept}]
-    tokens["update"] = sum(T for _, T in rests)
-    flops = 3 * forward_flops(game.policy.config, prompts, rests, tokens["update"])
-    return {"tokens_per_second": {p: n / seconds[p] for p, n in tokens.items() if n},
-            "bandwidth_share": shares or None,
-            "flops_share": bounds and flops / ranks.world() / seconds["update"] / bounds[1]}
+def speed(game, r) -> dict[str, float]:
+    """Tokens/s of a train.Round's phases. A phase's time includes its prefill and all waiting."""
+    G = game.settings.answers
+    rows = [row for group in r.answer_rows for row in group]
+    learnt = [row for i, row in enumerate(rows) if r.kept[i // G]]
+    learnt += [row for row, keep in zip(r.query_rows, r.kept) if keep]
+    count = lambda rows: sum(len(row.tokens) for row in rows)
+    judged = [j["judge_tokens"] for j in r.judgements if "judge_tokens" in j]
+    tokens = {"challenge": count(r.query_rows), "solve": count(rows),
+              "reward": getattr(game.reward, "tokens", 0), "judge": sum(T for _, T in judged),
+              "update": count(learnt)}
+    return {name: n / r.seconds[name] for name, n in tokens.items() if n and name in r.seconds}
 
 
-def width_of(model) -> int:
-    return model.model.embed_tokens.weight.element_size()
+def is_large(c: Config) -> bool:
+    """Whether a step takes long enough to have a speed: 1e8 weights."""
+    return parameters(c) >= WORTH_MEASURING
 
 
 def speed_line(m: dict) -> str:
-    """The second line of a step: each phase's seconds, tokens/s, share of the best, and peak GB."""
-    percent = lambda x, of: "" if x is None else f" {100 * x:.0f}% {of}"
+    """The second line of a step: each phase's seconds and tokens/s, and the highest peak, GB."""
     said = []
     for name, seconds in m["phase_seconds"].items():
         rate = m["tokens_per_second"].get(name)
-        said.append(f"{name} {seconds:.1f} s" + (f" {rate:.0f} tok/s" if rate else "")
-                    + percent((m["bandwidth_share"] or {}).get(name), "GB/s")
-                    + percent(m["flops_share"] if name == "update" else None, "FLOP/s"))
+        said.append(f"{name} {seconds:.1f} s" + (f" {rate:.0f} tok/s" if rate else ""))
     peaks = {name: peak for name, peak in m["peak_gb"].items() if peak is not None}
     if peaks:
         highest = max(peaks, key=peaks.get)

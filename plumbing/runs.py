@@ -46,6 +46,29 @@ def write_json(path: Path, value):
     os.replace(temporary, path)
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a .jsonl file, if there is one; a half-written last line is left out."""
+    if not path.exists():
+        return []
+    try:
+        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records += [json.loads(line)] if line else []
+        except (ValueError, RecursionError):
+            raise InputError(f"{path}, line {number}: not JSON") from None
+    return records
+
+
+def append_line(path: Path, record: dict):
+    """One JSON object on a line of its own, in one write."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
 def digest(path: Path, length: int | None = None) -> list[int]:
     """Bytes and crc32 of a file, or of its first `length` bytes: 2.3 GB/s, 20 s for 45 GB."""
     crc, count = 0, 0

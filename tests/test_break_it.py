@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import gradient
 import lsp
 import sample
 import train
@@ -21,7 +20,7 @@ from plumbing.settings import Settings, resolve
 sys.path.append(str(ROOT / "course/exercises"))  # last: its grade.py must not hide the product's
 import break_it  # noqa: E402
 
-TARGETS = [(MasterAdamW, "step"), (gradient, "completion_logp"), (sample, "pick"),
+TARGETS = [(MasterAdamW, "step"), (train, "token_log_probs"), (sample, "pick"),
            (lsp, "challenger_advantages")]
 
 
@@ -73,10 +72,10 @@ def test_bf16_weights_are_rounded_after_the_step(mended):
 
 def test_without_the_stop_token_each_answer_has_one_token_less_in_the_loss(mended):
     r, _, game = one_round("nothing")
-    rows = [gradient.Row(r.solver_prompts[0], c, 1.0) for c in r.answer_rows[0]]
-    before = gradient.completion_logp(game.policy, rows, 1.0)[1].sum(-1)
+    rows = [train.Row(r.solver_prompts[0], c, 1.0) for c in r.answer_rows[0]]
+    before = train.token_log_probs(game.policy, rows, 1.0)[1].sum(-1)
     break_it.no_stop_token()
-    logp, mask = gradient.completion_logp(game.policy, rows, 1.0)
+    logp, mask = train.token_log_probs(game.policy, rows, 1.0)
     assert mask.sum(-1).tolist() == [len(c.tokens) - c.stopped for c in r.answer_rows[0]]
     assert (before - mask.sum(-1)).sum() > 0
     logp.sum().backward()                        # the whole mask is left as autograd found it

@@ -348,7 +348,6 @@ def metrics(world, name) -> list[dict]:
 def test_a_run_opens_with_its_budget_and_each_step_holds_peaks_and_speed(
         world, monkeypatch, capsys):
     monkeypatch.setattr(report, "WORTH_MEASURING", 0)
-    monkeypatch.setattr(report, "best_of", lambda device, dtype: (2e11, 5e12))
     play(world, monkeypatch, *SHORT, "--steps", "1", "--out", "told")
     out = capsys.readouterr().out
     (m,) = metrics(world, "told")
@@ -360,13 +359,12 @@ def test_a_run_opens_with_its_budget_and_each_step_holds_peaks_and_speed(
     # 4 answers of 7 tokens, 2 queries of 6, all different.
     assert rates["update"] == pytest.approx(40 / m["phase_seconds"]["update"])
     assert rates["judge"] == pytest.approx(16 / m["phase_seconds"]["judge"])
-    assert 0 < m["flops_share"] < 1 and set(m["bandwidth_share"]) == {"challenge", "solve", "judge"}
     opening = out[out.index("memory, MB"):out.index("step 1/1")]
     assert f"peaks, MB     challenge {1000 * m['budget_gb']['challenge']:.2f}  solve" in opening
     assert "memory of this host): fits" in opening
     line = out.split("\n")[[i for i, line in enumerate(out.split("\n"))
                             if line.startswith("step 1/1")][0] + 1]
-    assert re.search(r"^ +challenge .*solve .* tok/s \d+% GB/s.*update .*% FLOP/s", line)
+    assert re.search(r"^ +challenge .*solve .* tok/s.*update .* tok/s  peak", line)
 
 
 @pytest.mark.skipif(not LINUX, reason="peaks on the host are read from /proc")
@@ -426,10 +424,8 @@ def test_decoding_reads_weights_once_a_step_and_what_the_cache_holds():
 
 def test_the_steps_lines_say_what_there_is():
     m = {"phase_seconds": {"solve": 2.0, "update": 4.0}, "tokens_per_second": {"solve": 512.0},
-         "bandwidth_share": {"solve": .52}, "flops_share": .41,
          "peak_gb": {"solve": 70.1, "update": 75.04}}
     assert report.speed_line(m).strip().split("  ") == [
-        "solve 2.0 s 512 tok/s 52% GB/s", "update 4.0 s 41% FLOP/s", "peak 75.0 GB in update"]
-    nothing = {"tokens_per_second": {}, "bandwidth_share": None, "flops_share": None,
-               "peak_gb": {"solve": None, "update": None}}
+        "solve 2.0 s 512 tok/s", "update 4.0 s", "peak 75.0 GB in update"]
+    nothing = {"tokens_per_second": {}, "peak_gb": {"solve": None, "update": None}}
     assert report.speed_line(m | nothing).strip().split("  ") == ["solve 2.0 s", "update 4.0 s"]

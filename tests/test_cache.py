@@ -7,12 +7,11 @@ from checkpoints import random_llama
 
 import rewards
 import sample as sampling
-from gradient import Row, accumulate
 from plumbing import cache
 from plumbing.cache import shared_forward
 from plumbing.settings import Settings
 from sample import Completion, pick, sample
-from train import Game
+from train import Game, Row, accumulate
 
 PROMPTS = [[5, 1, 9, 30, 2, 2, 8], [3], [7, 7, 7, 7, 12, 0, 4, 33, 21, 6, 11]]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import gradient
 import lsp
 import model
 import rewards
+import train
 from plumbing import cache, logprobs
 
 FOLDER = ROOT / "course/exercises"
@@ -40,7 +40,7 @@ WAYS = [lambda: [*ZERO, "--alpha-ch", "0.003"], lambda: [*ZERO, "--beta", "2"], 
 SOLUTIONS = {
     1: [cache.Cache.write], 2: [lsp.solver_advantages], 3: [lsp.policy_loss], 4: [lsp.kl_estimate],
     5: [lsp.challenger_advantages], 6: [rewards.parse_self_reward], 7: [logprobs.log_probs],
-    8: [gradient.completion_logp], 9: [*WAYS, stored],
+    8: [train.token_log_probs], 9: [*WAYS, stored],
     10: [lsp.challenger_advantages, stored],
 }
 
@@ -144,14 +144,14 @@ def cold_log_probs(model, hidden, targets, *, temperature=1.0):
 
 
 def of_token_numbers(model, rows, temperature):
-    logp, mask = gradient.completion_logp(model, rows, temperature)
+    logp, mask = train.token_log_probs(model, rows, temperature)
     for line, row in zip(mask, rows):
         line[:len(row.completion.tokens)] &= torch.tensor(row.completion.tokens) != 0
     return logp, mask
 
 
 def padding_trained(model, rows, temperature):
-    logp, mask = gradient.completion_logp(model, rows, temperature)
+    logp, mask = train.token_log_probs(model, rows, temperature)
     return logp, torch.ones_like(mask)
 
 
@@ -205,7 +205,7 @@ MISTAKES = [
         model, model.head.detach(), hidden, targets, temperature), "that of the head is not"),
     (7, cold_log_probs, "the temperature has no effect"),
     (8, of_token_numbers, "no token's number may decide"),
-    (8, lambda model, rows, _: gradient.completion_logp(model, rows, 1.0), "temperature"),
+    (8, lambda model, rows, _: train.token_log_probs(model, rows, 1.0), "temperature"),
     (8, padding_trained, "padding looks like a stop token"),
     (10, zero_sum, "a malformed query"),
     (10, lambda R, R_Q=None: R.mean(1) - R.mean(), "every answer solved is worth most"),

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from checkpoints import random_llama, write_checkpoint
 
-import game
 import rewards
 import sample as sampling
-from gradient import Row, accumulate, refer
+import train as game
 from plumbing import ranks
 from plumbing.files import pick_device
 from plumbing.memory import MasterAdamW
 from plumbing.settings import Settings, resolve
 from sample import sample
+from train import Row, accumulate, reference_log_probs
 
 PROMPTS = [[5, 6, 7], [9] * 5, [5, 6]]
 LIMITS = [3, 20, 12, 20] * 3
@@ -62,7 +62,7 @@ def step_on(model, reference, rows):
     """Reference log-probs, gradient and AdamW: the weights after one update."""
     optimizer = MasterAdamW(model, torch.float32, weight_decay=0.1)
     g = game.Game(Settings(model="tiny", micro_batch_tokens=60), model, None, None, reference)
-    refer(g, rows)
+    reference_log_probs(g, rows)
     accumulate(g, rows, 1.0)
     optimizer.step(1e-2, 1.0)
     return torch.cat([simcuda.unwrap(p.detach()).reshape(-1) for p in model.parameters()])

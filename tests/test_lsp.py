@@ -121,22 +121,6 @@ def test_micro_batches_add_up_to_the_whole_batch(kl):
     assert all(torch.allclose(gradients[0], g, rtol=0, atol=1e-14) for g in gradients[1:])
 
 
-@pytest.mark.parametrize("kl", lsp.KL_ESTIMATORS)
-def test_a_row_with_copies_counts_as_that_many_rows(kl):
-    logits, tokens, mask, ref, A = rows()
-    at = torch.tensor([0, 1, 1, 1, 2])                                       # row 1 three times
-    each = torch.tensor([0.3, -1.0, 0.5, 2.0, 0.7], dtype=torch.float64)
-    x, y = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    whole, sums = lsp.policy_loss(logp_of(x, tokens)[at], ref[at], each, mask[at], beta=0.3, kl=kl)
-    merged, merged_sums = lsp.policy_loss(
-        logp_of(y, tokens)[:3], ref[:3], torch.tensor([0.3, 1.5, 0.7], dtype=torch.float64),
-        mask[:3], beta=0.3, kl=kl,
-        count=5, copies=torch.tensor([1.0, 3.0, 1.0], dtype=torch.float64))
-    whole.backward(), merged.backward()
-    assert torch.allclose(whole, merged) and torch.allclose(x.grad, y.grad)
-    assert all(torch.allclose(sums[k].double(), merged_sums[k].double()) for k in sums)
-
-
 def test_what_lies_beyond_a_rows_end_is_never_read():
     logits, tokens, mask, ref, A = rows()
     logp = logp_of(logits, tokens)

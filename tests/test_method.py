@@ -10,17 +10,17 @@ from checkpoints import random_llama, write_checkpoint
 from safetensors.torch import load_file
 from test_train import game, random_rows
 
-import game as players
 import lsp
 import rewards
 import train
-from gradient import Row, accumulate, refer
+import train as players
 from model import load_model
 from plumbing import cli, log
 from plumbing.files import HERE, InputError
 from plumbing.memory import MasterAdamW
 from plumbing.settings import resolve
 from sample import Completion, sample
+from train import Row, accumulate, reference_log_probs
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_alpha_ch_weighs_the_challengers_gradient_and_the_logged_loss(world):
 
 def test_a_reference_that_is_the_policy_has_no_kl_at_any_temperature(llama):
     g, rows = game(llama, copy.deepcopy(llama), beta=0.3, temperature=0.6), random_rows()
-    refer(g, rows)
+    reference_log_probs(g, rows)
     assert accumulate(g, rows, 1.0)["kl"] < 1e-12
 
 
@@ -91,7 +91,7 @@ def test_beta_and_kl_reach_the_gradient(llama, kl):
     for row in rows:
         row.advantage = 0.0
     g = game(llama, reference, beta=0.4, kl=kl, temperature=0.7)
-    refer(g, rows)
+    reference_log_probs(g, rows)
     accumulate(g, rows, 1.0)
     ours = torch.cat([p.grad.flatten() for p in llama.parameters()])
     llama.zero_grad()
@@ -115,7 +115,7 @@ def test_truncated_rows_leave_the_kl_too(llama):
     def gradient(rows, weight=1.0, **given):
         llama.zero_grad()
         g = game(llama, reference, beta=0.3, **given)
-        refer(g, rows)
+        reference_log_probs(g, rows)
         accumulate(g, rows, weight)
         return torch.cat([p.grad.reshape(-1) for p in llama.parameters()])
     rows = random_rows(4)
@@ -151,20 +151,16 @@ def test_each_role_and_each_step_draws_from_a_stream_of_its_own(world, monkeypat
 
     def note(module):
         real = module.sample
-
-        def noting(model, prompts, **options):
-            if options["generator"] is not None:
-                state = options["generator"].get_state()
-                drawn.append(torch.randint(2**62, (1,), generator=options["generator"]).item())
-                options["generator"].set_state(state)
-            return real(model, prompts, **options)
-        monkeypatch.setattr(module, "sample", noting)
+        monkeypatch.setattr(module, "sample", lambda *args, **options: (
+            drawn.append(options["seeds"]), real(*args, **options))[1])
     note(train)
     note(rewards)
     g = players.set_up(settings(world, self_reward="generate", judge_temperature=1.0))
     for step in range(2):
         train.play(g, step)
-    assert len(drawn) == len(set(drawn)) == 6
+    assert list(map(len, drawn)) == 2 * [4, 12, 12]           # queries, answers, judgements
+    everything = sum(drawn, [])
+    assert len(everything) == len(set(everything))
 
 
 def test_the_temperatures_are_those_of_the_settings(world, monkeypatch):
@@ -203,7 +199,7 @@ def test_an_update_can_be_recomputed_from_the_records(world):
     challenger = [row(g.challenger_prompt, line["query_tokens"], line["challenger_advantage"])
                   for line in said]
     for rows in (solver, challenger):
-        refer(g, rows)
+        reference_log_probs(g, rows)
         accumulate(g, rows, 1.0)
     again = torch.cat([p.grad.flatten() for p in g.policy.parameters()])
     assert (again - taken).norm() / taken.norm() < 1e-5

@@ -12,10 +12,9 @@ import pytest
 import torch
 from checkpoints import CONFIGS, random_llama, write_checkpoint
 
-import game as players
-import gradient
 import sample as sampling
 import train
+import train as players
 from bench import measure
 from model import Llama, parse_config
 from plumbing import log, memory
@@ -192,12 +191,12 @@ def test_the_reference_speaks_once_in_its_own_phase(world, monkeypatch):
                     "device": "cpu", "self_reward": "expected"})
     g = train.set_up(s)
     r = train.play(g, 0)
-    asked, completion_logp = [], gradient.completion_logp
+    asked, token_log_probs = [], train.token_log_probs
 
     def count(model, rows, temperature):
         asked.append("reference" if model is g.reference else "policy")
-        return completion_logp(model, rows, temperature)
-    monkeypatch.setattr(gradient, "completion_logp", count)
+        return token_log_probs(model, rows, temperature)
+    monkeypatch.setattr(train, "token_log_probs", count)
     optimizer = MasterAdamW(g.policy, torch.float32, weight_decay=0.0)
     monkeypatch.setattr(optimizer, "step", lambda rate, clip: float("nan"))
     m = train.update(g, optimizer, r, 0)

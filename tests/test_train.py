@@ -12,7 +12,6 @@ from conftest import ROOT
 import lsp
 import rewards
 import train
-from gradient import Row, accumulate, completion_logp, refer
 from model import Llama, parse_config
 from plumbing import cli, logprobs, settings
 from plumbing.data import draw, read_data
@@ -21,7 +20,7 @@ from plumbing.logprobs import log_probs
 from plumbing.memory import MasterAdamW
 from plumbing.settings import Settings, resolve
 from sample import Completion, sample
-from train import Game
+from train import Game, Row, accumulate, reference_log_probs, token_log_probs
 
 
 def game(policy, reference=None, **settings):
@@ -75,7 +74,7 @@ def test_a_chunk_holds_no_more_logits_than_it_may_beyond_a_multiple_of_64():
 
 def test_completion_log_probs_equal_each_row_alone(llama):
     rows = random_rows()
-    logp, mask = completion_logp(llama, rows, 0.8)
+    logp, mask = token_log_probs(llama, rows, 0.8)
     for row, ours, on in zip(rows, logp, mask):
         n, ids = len(row.completion.tokens), row.completion.tokens
         logits = llama.logits(llama(torch.tensor([row.prompt + ids])))[0, len(row.prompt) - 1:-1]
@@ -93,7 +92,7 @@ def test_micro_batch_size_changes_no_gradient(llama, kl):
     for tokens in (10_000, 40, 1):
         llama.zero_grad()
         g, rows = game(llama, reference, beta=0.3, kl=kl, micro_batch_tokens=tokens), random_rows()
-        refer(g, rows)
+        reference_log_probs(g, rows)
         sums = accumulate(g, rows, 0.7)
         gradients.append(torch.cat([p.grad.reshape(-1) for p in llama.parameters()]))
         losses.append(sums["loss"])

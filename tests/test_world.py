@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-import gradient
 import rewards
 import train
 from model import load_model
@@ -207,7 +206,7 @@ def test_held_out_queries_are_played_but_not_trained_on(monkeypatch):
     assert r.A_sol[:2].abs().sum() == 0 and r.A_ch[:2].abs().sum() == 0
     assert r.A_ch[r.kept].sum().abs() < 1e-4                 # centred over the others alone
     counted = []
-    count = lambda game, rows, weight, n: counted.append((len(rows), n)) or gradient.Counter()
+    count = lambda game, rows, weight, n: counted.append((len(rows), n)) or train.Counter()
     monkeypatch.setattr(train, "accumulate", count)
     optimizer = train.MasterAdamW(game.policy, torch.float32, weight_decay=0.0)
     for p in game.policy.parameters():
@@ -226,24 +225,6 @@ def test_a_round_with_nothing_to_learn_from_is_survived(monkeypatch):
     m = {"step": 1, "seconds": 0.0} | train.log.measure(s, r) | train.update(game, optimizer, r, 0)
     assert "step" in train.log.step_line(s, m) and m["flat_groups"] is None
     assert all(torch.equal(p, b) for p, b in zip(game.policy.parameters(), before))
-
-
-def test_equal_rows_travel_as_one_with_the_same_gradient(monkeypatch):
-    s, _ = resolve({"device": "cpu"})
-    game = train.set_up(s)
-    r = train.play(game, 0)
-    rows = [gradient.Row(prompt, completion, advantage)
-            for prompt, group, line in zip(r.solver_prompts, r.answer_rows, r.A_sol.tolist())
-            for completion, advantage in zip(group, line)]
-    assert len(gradient.merge(rows)) < len(rows)
-    gradients = []
-    for _ in range(2):
-        game.policy.zero_grad()
-        gradient.refer(game, rows)
-        gradient.accumulate(game, rows, 1.0)
-        gradients.append(torch.cat([p.grad.reshape(-1) for p in game.policy.parameters()]))
-        monkeypatch.setattr(gradient, "merge", lambda rows: rows)
-    assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-4
 
 
 def test_watch_shows_a_round_of_the_embedded_game(capsys):

@@ -10,13 +10,13 @@ import rewards
 import rlpt
 import train
 from evals import heldout
-from game import set_up
 from model import load_model
 from plumbing.chat import Tokenizer
 from plumbing.files import HERE, InputError, find_model, read_prompt
 from plumbing.settings import resolve
 from plumbing.texts import segments
 from tiny import world
+from train import set_up
 
 TINY = find_model("tiny-rlpt")
 CPU = {"algo": "rlpt", "device": "cpu"}

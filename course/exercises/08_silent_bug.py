@@ -4,22 +4,22 @@ Read first: sample.py (Completion). A row is a prompt's token ids and a completi
 
 The function below runs, its log-probs agree with the sampler's, and training with it looks well.
 One line is wrong. The check tells you a symptom; find the cause and mend it. It is a bug that
-public code has shipped. Afterwards compare with gradient.completion_logp. Guess what the bug does
+public code has shipped. Afterwards compare with train.token_log_probs. Guess what the bug does
 to a whole run, and look (in so small a world little; why?):
 
     python course/exercises/break_it.py no-stop-token --seed 1
 """
 import torch
 
-from gradient import Row
 from model import load_model
 from plumbing.chat import Tokenizer
 from plumbing.files import find_model
 from plumbing.logprobs import log_probs
 from sample import Completion, sample
+from train import Row
 
 
-def completion_logp(model, rows, temperature):
+def token_log_probs(model, rows, temperature):
     """Log-probs of the rows' completion tokens (B, T), and the mask (B, T) of those that are in
     the loss. Rows are padded on the right."""
     eos = model.raw_config["eos_token_id"]
@@ -42,7 +42,7 @@ def completion_logp(model, rows, temperature):
 
 # ---------------------------------------------------------------- the check
 
-def check(completion_logp=completion_logp):
+def check(token_log_probs=token_log_probs):
     path = find_model("tiny")
     model, tokenizer = load_model(path), Tokenizer(path)
     queries = ["What is 37 + 48?", "What is 99 + 99?", "What"]
@@ -50,7 +50,7 @@ def check(completion_logp=completion_logp):
     said = sample(model, prompts, max_new_tokens=[8, 2, 8], stop_ids=tokenizer.stop_ids,
                   generator=torch.Generator().manual_seed(0))
     rows = [Row(prompt, completion, 1.0) for prompt, (completion,) in zip(prompts, said)]
-    logp, mask = completion_logp(model, rows, 1.0)
+    logp, mask = token_log_probs(model, rows, 1.0)
     for n, row in enumerate(rows):
         length = len(row.completion.tokens)
         sampled = torch.tensor(row.completion.logp)
@@ -65,10 +65,10 @@ def check(completion_logp=completion_logp):
             "the log-probs of the completion are no longer the sampler's")
     assert logp.requires_grad, "the log-probs carry no gradient any more"
     every = Completion(list(range(model.config.vocab_size)), [], False)
-    _, mask = completion_logp(model, [Row(prompts[0], every, 1.0), rows[0]], 1.0)
+    _, mask = token_log_probs(model, [Row(prompts[0], every, 1.0), rows[0]], 1.0)
     assert mask[0].all() and mask[1].sum() == len(rows[0].completion.tokens), (
         f"of a completion of all {mask.shape[1]} tokens that there are {mask[0].sum()} are in the "
         "loss: no token's number may decide, since a model can say any of them")
-    colder, _ = completion_logp(model, rows, 0.5)
+    colder, _ = token_log_probs(model, rows, 0.5)
     assert not torch.allclose(colder, logp), "the temperature has no effect any more"
     return "masks come from lengths: the stop token is part of the answer, padding is not"

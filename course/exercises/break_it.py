@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+
 import torch  # noqa: E402
 
-import gradient  # noqa: E402
 import lsp  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
@@ -78,7 +78,7 @@ def bf16_weights():
 
 def no_stop_token():
     """The stop token is left out of the loss, as where a mask drops it together with padding."""
-    whole = gradient.completion_logp
+    whole = train.token_log_probs
 
     def without_the_last(model, rows, temperature):
         logp, mask = whole(model, rows, temperature)
@@ -87,7 +87,7 @@ def no_stop_token():
             mask[n, len(completion.tokens) - 1] &= not completion.stopped
         return logp, mask
 
-    gradient.completion_logp = without_the_last
+    train.token_log_probs = without_the_last
     return []
 
 
