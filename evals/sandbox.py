@@ -304,8 +304,8 @@ def descendants() -> list[int]:
 
 
 def end_all():
-    """Kill what is left of the program, until nothing is; two seconds at most."""
-    deadline = time.monotonic() + 2
+    """Kill what is left of the program, until nothing is; ten seconds at most."""
+    deadline = time.monotonic() + 10
     with contextlib.suppress(ChildProcessError):           # raised when there is no child any more
         while time.monotonic() < deadline:
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -347,6 +347,8 @@ def keep(containment: str, cpu: int, wall: float) -> str:
                 end_with_parent(pipes[-1])
             except OSError:
                 os.write(pipes[-1], b"sandbox")
+                os._exit(1)
+            if os.getppid() not in (0, keeper):             # it ended before the signal was set
                 os._exit(1)
             sys.set_int_max_str_digits(0)
             run(*pipes)
