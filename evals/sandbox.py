@@ -355,7 +355,7 @@ def keep(containment: str, cpu: int, wall: float) -> str:
         finally:
             os._exit(1)
     # The tests' process first: in a process namespace it is the one with which all others end.
-    contained(lambda *pipes: run_tests(program, *pipes), asked, saying, report)
+    tests = contained(lambda *pipes: run_tests(program, *pipes), asked, saying, report)
     first = contained(lambda *pipes: answer_calls(program["answer"], *pipes), asking, said)
     for pipe in (report, asking, asked, saying, said):
         os.close(pipe)
@@ -370,6 +370,8 @@ def keep(containment: str, cpu: int, wall: float) -> str:
     if not ended and word == "":
         time.sleep(0.1)
         ended, status, used = os.wait4(first, os.WNOHANG)
+    for child in (tests, *[first] * (not ended)):
+        os.kill(child, signal.SIGKILL)
     end_all()
     if word:
         return word if word in REASONS else "ended"
