@@ -27,6 +27,7 @@ from plumbing.cache import Cache, Continuation, Prompts
 from plumbing.chat import Tokenizer  # noqa: F401
 from plumbing.config import Config, parse_config
 from plumbing.files import POINTER, PROMPTS, InputError, inside, read_json
+from plumbing.logprobs import wide
 
 # What save_model carries over from the source directory,
 # so that a checkpoint is complete by itself.
@@ -35,12 +36,6 @@ CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 
 
 # ---------------------------------------------------------------- forward pass
-
-def wide(x: Tensor) -> Tensor:
-    """fp32 where rounding matters (norms, RoPE, softmax);
-    float64 stays, so that tests tell bugs from rounding."""
-    return x if x.dtype == torch.float64 else x.float()
-
 
 def rope_frequencies(config: Config) -> Tensor:
     """Rotation in radians per position of each pair of coordinates, (d/2,) float64.
@@ -194,6 +189,7 @@ class Llama(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
         self.checkpointing = False           # in forward
+        self.raw_config, self.carried = {}, {}       # what checkpoints bring and save_model writes
         # No parameter and no buffer: .to(bfloat16) must not round it.
         self.frequencies = rope_frequencies(config)
 
@@ -245,6 +241,11 @@ class Llama(nn.Module):
         """What hidden states are multiplied with for logits, (V, D)."""
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype that the model's own config.json names: checkpoints keep it."""
+        return getattr(torch, dtype_name(self.raw_config))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), fp32."""
@@ -348,21 +349,16 @@ def dtype_name(raw: dict) -> str:
     return "float32" if name == "auto" else name
 
 
-def stored_dtype(model: Llama) -> torch.dtype:
-    """The dtype that the model's own config.json names: checkpoints keep it."""
-    return getattr(torch, dtype_name(model.raw_config))
-
-
 def save_model(model: Llama, path, *, dtype: torch.dtype | None = None):
     """Write a directory that load_model and transformers open:
     config, one safetensors file, tokenizer files.
 
-    dtype: of the stored weights (default: stored_dtype).
+    dtype: of the stored weights (default: model.stored_dtype).
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     key = "dtype" if "dtype" in model.raw_config else "torch_dtype"
-    dtype = dtype or stored_dtype(model)
+    dtype = dtype or model.stored_dtype
     config = model.raw_config | {key: str(dtype).removeprefix("torch.")}
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name, content in model.carried.items():

@@ -206,9 +206,9 @@ def update(game: "Game", optimizer: MasterAdamW, r: Round, step: int) -> dict:
         sol = accumulate(game, solver, 1.0, count * s.answers)                           # Eq. 4
         ch = accumulate(game, challenger, s.alpha_ch, count)                             # Eq. 5
         sol, ch = ranks.total(sol), ranks.total(ch)
-        norm = optimizer.step(rate, s.grad_clip) if count else None
+        norm = optimizer.step(rate, s.grad_clip) if count else 0.0
     loss = sol["loss"] + s.alpha_ch * ch["loss"]
-    faults = [] if norm is not None and math.isfinite(norm) else non_finite(r)
+    faults = [] if math.isfinite(norm) else non_finite(r)
     mean = lambda key, per, sums: sums[key] / sums[per] if sums[per] else None
     entropy = lambda sums: -sums["logp"] / sums["tokens"] if sums["tokens"] else None
     tokens = sol["tokens"] + ch["tokens"]
@@ -234,7 +234,7 @@ def non_finite(r: Round) -> list[dict]:
                 what = "log-prob" if math.isfinite(reward) else "reward"
                 faults.append({"query": n + 1, "answer": g, "what": what})
     everything = {"query": None, "answer": None, "what": "gradient of all samples together"}
-    return faults or [everything] * bool(r.kept.any())
+    return faults or [everything]
 
 
 def token_log_probs(model: Llama, rows: list[Row], temperature: float) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,18 @@ import math
 import torch
 from torch import Tensor
 
-from model import Llama, wide
-
 # Logits that log_probs holds at once: 67 MB in fp32 on a CPU, 268 MB on a GPU, which likes large
 # products.
 LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**26}
 
 
-def log_probs(model: Llama, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """fp32 where rounding matters (norms, RoPE, softmax);
+    float64 stays, so that tests tell bugs from rounding."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def log_probs(model, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at the targets: (M, D), (M,) -> (M,) fp32."""
     width = chunk_width(len(targets), model.config.vocab_size, hidden.device.type)
     return ChunkedLogProbs.apply(hidden, model.head, targets, temperature, width)

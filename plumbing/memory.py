@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from model import Llama, stored_dtype
 from plumbing import ranks
 from plumbing.files import InputError
 
@@ -37,7 +36,7 @@ class MasterAdamW:
     Gradients are in the parameters' .grad, fp32 in all cases; between updates there are none.
     """
 
-    def __init__(self, policy: Llama, dtype: torch.dtype, *, weight_decay: float,
+    def __init__(self, policy, dtype: torch.dtype, *, weight_decay: float,
                  offload: bool = False):
         self.policy, self.weight_decay, self.offload = policy, weight_decay, offload
         self.params = list(policy.parameters())
@@ -130,14 +129,14 @@ class MasterAdamW:
     @property
     def masters_apart(self) -> bool:
         """Whether the stored weights are rounded: then the masters are stored beside them."""
-        return self.rounded or stored_dtype(self.policy).itemsize < 4
+        return self.rounded or self.policy.stored_dtype.itemsize < 4
 
     def bytes_on_disk(self) -> int:
         """A checkpoint's size with the weights: 6.4 + 38.6 GB for Llama-3.2-3B, stored in bf16."""
         count = sum(p.numel() for p in self.params)
         carried = sum(map(len, self.policy.carried.values()))
         state = 8 + 4 * self.masters_apart
-        return count * (stored_dtype(self.policy).itemsize + state) + carried + 2**20
+        return count * (self.policy.stored_dtype.itemsize + state) + carried + 2**20
 
     def held(self, updates: int) -> dict[str, list[Tensor]]:
         """What a checkpoint stores beside the weights after so many updates, by file."""
@@ -184,7 +183,7 @@ class Stage:
         self.device, self.dtype = device, dtype
         self.model, self.resting = None, []
 
-    def call(self, model: Llama):
+    def call(self, model):
         if model is self.model:
             return
         if self.model:
@@ -197,7 +196,7 @@ class Stage:
                 p.data, non_blocking=True)           # not blocking: widths change on the device
 
 
-def rest(model: Llama):
+def rest(model):
     """Move a model's weights into page-locked host buffers."""
     for p, place in zip(model.parameters(), host_buffers([p.data for p in model.parameters()])):
         p.data = place.copy_(p.data)

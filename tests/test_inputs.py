@@ -403,11 +403,14 @@ def scripted(monkeypatch, game, queries=None, answers=None):
         ids := [*game.tokenizer.encode(text), min(game.tokenizer.stop_ids)], [0.0] * len(ids), True)
 
     def speak(model, prompts, **options):
-        texts = queries if prompts == [game.challenger_prompt] else answers
+        asked = prompts[0] == game.challenger_prompt
+        texts = queries if asked else answers
         if texts is None:
             return real(model, prompts, **options)
-        each = options["num_samples"]
-        return [[say(texts[i % len(texts)]) for i in range(each)] for _ in prompts]
+        if asked:
+            return [[say(texts[i % len(texts)])] for i in range(len(prompts))]
+        return [[say(texts[i % len(texts)]) for i in range(options["num_samples"])]
+                for _ in prompts]
     monkeypatch.setattr(train, "sample", speak)
 
 
