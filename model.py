@@ -25,7 +25,7 @@ from plumbing.cache import Cache, Continuation, Prompts
 
 # A checkpoint is weights and tokenizer: one room opens both.
 from plumbing.chat import Tokenizer  # noqa: F401
-from plumbing.config import Config, parse_config
+from plumbing.config import Config, dtype_name, parse_config
 from plumbing.files import POINTER, PROMPTS, InputError, inside, read_json
 from plumbing.logprobs import wide
 
@@ -341,12 +341,6 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
     model.carried = {
         name: inside(path, name).read_bytes() for name in CARRIED if (path / name).exists()}
     return model
-
-
-def dtype_name(raw: dict) -> str:
-    """The dtype that a config.json names; float32 for none and for "auto"."""
-    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    return "float32" if name == "auto" else name
 
 
 def save_model(model: Llama, path, *, dtype: torch.dtype | None = None):

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ import rewards
 import rlpt
 from evals.heldout import evaluate, evaluate_world
 from model import Llama, Tokenizer, load_model, read_config, save_model
-from plumbing import cli, log, ranks, report, runs
+from plumbing import cli, log, ranks, runs
+from plumbing.budget import Plan
 from plumbing.cache import pad, shared_forward
 from plumbing.chat import fill, fit
 from plumbing.data import (
@@ -55,7 +56,7 @@ from plumbing.phases import Phases, StopRequest
 from plumbing.runs import read_lines
 from plumbing.settings import Settings, resolve, run_name
 from plumbing.texts import Texts
-from sample import Completion, sample, take_batch, text_of
+from sample import Completion, pick, sample, take_batch, text_of
 from tiny import world as tiny_world
 
 # Shapes: N queries, G answers a query, B rows of a micro-batch, T tokens of its longest completion,
@@ -445,12 +446,43 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     return game
 
 
+def role_paths(s: Settings, *, weights: bool = True) -> dict[str, Path]:
+    """The directory of each model that a run holds; what two roles share is there once.
+    weights: whether they are fetched with their weights."""
+    path = lambda name: find_model(name, weights=weights)
+    policy = path(s.model)
+    reference = path(s.reference) if s.reference else policy
+    judge = path(s.judge) if s.judge else reference
+    shared, found = bool(s.reading) and judge == reference, {"policy": policy}
+    if s.beta or shared:
+        found["reference"] = reference
+    if s.reading and not shared:
+        found["judge"] = judge
+    if s.reward not in rewards.CHECKS and not s.verdict:
+        found["reward model"] = path(s.reward)
+    return found
+
+
+# What the memory budget executes on meta tensors (plumbing/budget.py).
+MEASURED = SimpleNamespace(Llama=Llama, Row=Row, Completion=Completion, pick=pick,
+                           last_hidden=rewards.last_hidden, micro_batches=micro_batches,
+                           token_log_probs=token_log_probs, batch_loss=batch_loss)
+
+
+def plan_of(s: Settings) -> Plan:
+    """What the run needs of memory: measured with the functions that it will call."""
+    paths = role_paths(s, weights=False)
+    return Plan(s, {role: read_config(path) for role, path in paths.items()}, MEASURED)
+
+
 # ---------------------------------------------------------------- the loop
 
-def train(s: Settings, preset: dict):
+def train(s: Settings, preset: dict, given=()):
     """Begin a run, or go on with one, and play until the last step, a signal or a fault."""
+    plan = plan_of(s)
+    s = s if s.resume else plan.sized(s, given)
     if s.dry_run:
-        sys.exit(report.dry_run(s))
+        sys.exit(plan.dry_run(s))
 
     def reopen():
         run = runs.Run(Path(s.resume))                       # its lock, from here on
@@ -472,14 +504,14 @@ def train(s: Settings, preset: dict):
         said = " ".join(f"{k}={value}" for k, value in asdict(s).items() if value is not None)
         print(textwrap.fill(f"settings      {said}", 100, subsequent_indent=" " * 14,
                             break_long_words=False, break_on_hyphens=False))
-        print(report.opening(s))
+        print(plan.opening(s))
         now = {"torch": torch.__version__, "device": device.type, "ranks": ranks.world()}
         state = ranks.first(lambda: run.restore(s.keep, **now))
         if run.checkpoint:
             optimizer.load(run.checkpoint / "state", state["updates"])
         if s.resume:
             print(f"resuming {run.folder} after step {state['step']}", flush=True)
-        play_on(game, optimizer, run, state)
+        play_on(game, optimizer, run, state, plan)
 
 
 @torch.no_grad()
@@ -491,11 +523,11 @@ def can_play(game: Game) -> bool:
     return game.policy.logits(game.policy(tokens)[:, -1]).isfinite().all().item()
 
 
-def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
+def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, plan: Plan):
     """The steps that are left. Only a whole step is ever saved; one that was cut short is played
     again, and draws the same random numbers, which depend on the seed and the step alone."""
     s, out = game.settings, run.folder
-    budget_gb = report.peaks_gb(s)
+    budget_gb = {phase: sum(parts.values()) / 1e9 for phase, parts in plan.phases(s).items()}
     step, bad_steps = state["step"], state["bad_steps"]
     saved = step if run.checkpoint else None
     evals = read_lines(out / "eval.jsonl")
@@ -550,13 +582,13 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict):
             bad_steps = bad_steps + 1 if learnt["skipped"] else 0
             m = {"step": step} | log.measure(s, r, recent) | learnt | {
                 "seconds": seconds, "phase_seconds": r.seconds, "peak_gb": game.phase.peak_gb,
-                "budget_gb": budget_gb, "tokens_per_second": report.speed(game, r)}
+                "budget_gb": budget_gb, "tokens_per_second": log.speed(game, r)}
             recent.append(r.queries)
             run.append("metrics.jsonl", [m])
             run.append("samples.jsonl", list(log.samples(r, step)))
             print(log.step_line(s, m), flush=True)
-            if report.is_large(game.policy.config):
-                print(report.speed_line(m), flush=True)
+            if log.is_large(game.policy.config):
+                print(log.speed_line(m), flush=True)
             if step % 10 == 0:
                 print(log.example_line(r), flush=True)
             if bad_steps >= s.max_bad_steps:
@@ -578,7 +610,8 @@ def main():
     cli.add_flags(parser, Settings)
     given = vars(parser.parse_args())
     with redirect_stdout(cli.Unfailing(sys.stdout)):
-        train(*resolve(given))
+        s, preset = resolve(given)
+        train(s, preset, preset | given)
 
 
 if __name__ == "__main__":

@@ -87,10 +87,11 @@ def set_up(load: Load, changes: dict) -> tuple[Game, MasterAdamW]:
 
 def estimates(game: Game) -> dict[str, dict]:
     roles = {"policy": game.policy, "reference": game.reference, "reward model": game.reward.model}
-    models = {role: model.config for role, model in roles.items()}
     text = {"challenger": CHALLENGER, "judge": budget.TURN + RUBRIC, "rubric": RUBRIC,
             "shown": game.settings.query_tokens}
-    return budget.budget(game.settings, models, text, budget.Machine("cpu", 4, 0.0, "none"))
+    plan = budget.Plan(game.settings, {role: model.config for role, model in roles.items()},
+                       train.MEASURED, text=text, on=budget.Machine("cpu", 4, 1e12, "none"))
+    return plan.phases(game.settings)
 
 
 def child(load: Load, changes: dict) -> dict:

@@ -28,7 +28,6 @@ from measure import ROOT, Load
 from torch.profiler import ProfilerActivity, profile
 
 from model import Llama, parse_config
-from plumbing import report
 from plumbing.chat import Tokenizer
 from plumbing.cli import Parser, run_script
 from plumbing.files import InputError, pick_device
@@ -38,7 +37,7 @@ from plumbing.runs import append_line
 from plumbing.settings import ALGOS, MODELS, Settings, resolve
 from rewards import RewardModel
 from sample import Completion, sample
-from train import Game, Row, accumulate, play, reference_log_probs, token_log_probs, update
+from train import Game, Row, accumulate, plan_of, play, reference_log_probs, token_log_probs, update
 
 SECTIONS = ("attention", "decode", "update", "logp", "step")
 # Data sheets: GB/s, and dense bf16 TFLOP/s with fp32 sums. The first name that fits counts.
@@ -166,7 +165,9 @@ def step_settings(args, limit: float) -> Settings:
     given = {key: getattr(args, key) for key in sizes if getattr(args, key)}
     given |= {"model": args.shape, "offload": limit < 80}
     if args.shape in MODELS:
-        return resolve(given | {"gpu_memory": limit, "dry_run": True})[0]
+        given |= {"gpu_memory": limit, "dry_run": True}
+        s, preset = resolve(given)
+        return plan_of(s).sized(s, preset | given)
     return Settings(checkpointing=True, **ALGOS["lsp"], **given)
 
 
@@ -203,7 +204,8 @@ def step_child(args) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         s = step_settings(args, limit)
         game, optimizer = step_game(args, s, Path(folder))
-    estimated = report.peaks_gb(s) if args.shape in MODELS else None
+    estimated = {name: sum(parts.values()) / 1e9 for name, parts in plan_of(s).phases(
+        s).items()} if args.shape in MODELS else None
     every = max(1, round(args.mean_tokens))
     ends = set(range(0, config_of(args)["vocab_size"], every))        # each token: 1 in `every`
     for step, (lengths, stops, temperature) in enumerate((

@@ -1,40 +1,97 @@
-"""What a run needs, told before anything is allocated: memory phase by phase, time, disk.
+"""What a run needs of memory, time and disk, before anything is allocated.
 
-    python train.py --model llama-3.2-3b --dry-run --gpu-memory 24     # nothing is allocated
-    sized(s, fixed)              # settings whose sampler and micro-batches fit the GPU at hand
+    python train.py --model llama-3.2-3b --dry-run --gpu-memory 24
+    plan = Plan(s, models, code)          # models: Config by role, from config.json alone
+    s = plan.sized(s, fixed)              # the largest sampler and micro-batches that fit the GPU
 
-Read from config.json files alone. GB are 1e9 bytes of tensors, as torch.cuda.max_memory_allocated
-counts them; what libraries take (CUDA some 0.5 GB) is not in them. Lengths are at their limits: a
-run whose texts end early needs less. bench/budget.py holds the figures against measured ones.
-Shapes: N queries, G answers, B rows of a pass, P distinct prompts in it, S tokens of a prompt, T of
-what follows, D hidden size, H query heads, K key-value heads, d head size, V vocabulary.
+Weights, gradients, AdamW's moments and the cache are exact arithmetic. Everything else is measured:
+the run's own functions (`code`, from train.py) are executed on meta tensors, which have shapes and
+no memory, and Live counts the bytes of all storages that exist at once. Lengths are at their
+limits: a run whose texts end early needs less. GB are 1e9 bytes of tensors, as
+torch.cuda.max_memory_allocated counts them. CUDA itself takes about 0.5 GB more.
+Shapes: N queries, G answers, B rows of a pass, S tokens of a prompt, T of a completion.
 """
 import math
 import os
-from bisect import bisect_right
+import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import rewards
-from model import read_config
-from plumbing.cache import PREFILL_TOKENS
+from plumbing import cache, logprobs
 from plumbing.config import Config
-from plumbing.files import HERE, InputError, find_model, pick_device, read_prompt
-from plumbing.logprobs import chunk_width
+from plumbing.files import HERE, InputError, pick_device, read_prompt
 from plumbing.memory import BLOCK
 
-# What must stay free: a share of the memory for the allocator's gaps, and of what is estimated (all
-# but weights, gradients and moments, which are exact) a share for the estimate's error.
+# What must stay free: a fraction of the memory for the allocator's gaps, and a fraction of what is
+# measured for what differs between the meta kernels and the real ones.
 SPARE_MEMORY, SPARE_WORK = 0.03, 0.1
 BATCH_TOKENS = [2**k for k in range(18, 11, -1)]         # what sized() tries
 MICRO_BATCH_TOKENS = [2**k for k in range(13, 8, -1)]
 TURN = 40                    # tokens that a chat template adds to a text, Llama 3's date included
-LETTERS = 3.5                # a token of English prose has about 4; our two prompts have 3.7 to 4.3
+LETTERS = 3.5                # of a token. English prose has about 4; our prompts have 3.7 to 4.3
 SEGMENT = 64                 # tokens of a long sentence
-PARTS = ("policy", "reference", "judge", "reward model", "masters", "gradients", "moments",
-         "cache", "activations", "logits", "head's gradient")
-STATIC = PARTS[:7]
+STATIC = ("policy", "reference", "judge", "reward model", "masters", "gradients", "moments")
+# Data sheets, bytes/s and dense bf16 FLOP/s, by GB; the fractions of them that are assumed; bytes/s
+# between host and GPU.
+CARDS = ((70, "H100 80 GB", 3.35e12, 989e12), (40, "L40S", 0.86e12, 362e12),
+         (20, "RTX 4090", 1.01e12, 165e12), (0, "RTX 4080", 0.72e12, 98e12))
+DECODE, PRODUCTS, LINK = 0.5, 0.4, 2e10
+MEASURED = {}                # bytes by what was executed: nothing is executed twice
+
+
+# ---------------------------------------------------------------- bytes that are alive
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the meta storages that are made while it is active and still exist."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now = self.peak = 0
+        held = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+        self.known = {t.untyped_storage()._cdata for t in held}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.is_meta:
+                storage = t.untyped_storage()
+                if storage._cdata not in self.known:
+                    size = -(-storage.nbytes() // 512) * 512               # as CUDA's allocator
+                    self.known.add(storage._cdata)
+                    weakref.finalize(storage, self.forget, storage._cdata, size)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+        return out
+
+    def forget(self, key: int, size: int):
+        self.known.discard(key)
+        self.now -= size
+
+
+def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+    """The fused CUDA kernels' meta form. Meta tensors would otherwise get the plain formula, with
+    the whole (T, S) matrix."""
+    aten = torch.ops.aten
+    if attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+    bias = attn_mask.expand(-1, k.shape[1], -1, -1)
+    return aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled())[0]
+
+
+@contextmanager
+def on_meta(device: str):
+    """Attention and the chunks of logits are those of `device`."""
+    plain, chunks = F.scaled_dot_product_attention, logprobs.LOGITS_PER_CHUNK
+    F.scaled_dot_product_attention = attention
+    logprobs.LOGITS_PER_CHUNK = {"meta": chunks.get(device, chunks["cpu"])}
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, logprobs.LOGITS_PER_CHUNK = plain, chunks
 
 
 # ---------------------------------------------------------------- what is there
@@ -57,301 +114,318 @@ def machine(s) -> Machine:
     if device.type == "cuda":
         if s.gpu_memory:
             return Machine("cuda", dtype.itemsize, s.gpu_memory * 1e9, given)
-        return Machine("cuda", dtype.itemsize, torch.cuda.mem_get_info(device)[0],
-                       "free on " + torch.cuda.get_device_name(device))
+        return Machine("cuda", dtype.itemsize, torch.cuda.mem_get_info()[0],
+                       "free on " + torch.cuda.get_device_name())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Machine(device.type, dtype.itemsize, memory, "memory of this host")
 
 
-def read_models(s) -> dict[str, Config]:
-    """The shape of each model that the run holds; what two roles share is there once."""
-    path = lambda name: find_model(name, weights=False)
-    policy = path(s.model)
-    reference = path(s.reference) if s.reference else policy
-    judge = path(s.judge) if s.judge else reference
-    shared = bool(s.reading) and judge == reference
-    found = {"policy": policy}
-    if s.beta or shared:
-        found["reference"] = reference
-    if s.reading and not shared:
-        found["judge"] = judge
-    if s.reward not in rewards.CHECKS and not s.verdict:
-        found["reward model"] = path(s.reward)
-    return {role: read_config(folder) for role, folder in found.items()}
-
-
 def prompt_lengths(s) -> dict[str, int]:
-    """Tokens of the prompt files, guessed from their letters: no tokenizer is read. `shown`: what
+    """Tokens of the prompt files, estimated from their letters: no tokenizer is read. `shown`: what
     the judge sees beside its instructions and the answer."""
     count = lambda text: math.ceil(len(text) / LETTERS)
-    challenged, judge, shown = s.algo not in ("grpo", "rlpt"), "", s.query_tokens
+    challenger, judge, shown = "", "", s.query_tokens
+    if s.algo in ("lsp", "lsp-zero"):
+        challenger = read_prompt(s.challenger_prompt)
     if s.self_reward:
         judge = read_prompt(s.self_reward_prompt)
     elif s.verdict:
         judge = read_prompt(HERE / "prompts" / f"verdict{'_strict' * s.strict}.txt")
         shown = SEGMENT * (1 if s.strict else s.reference_segments)
-    return {"challenger": TURN + count(read_prompt(s.challenger_prompt)) if challenged else 0,
+    return {"challenger": TURN + count(challenger) if challenger else 0,
             "judge": TURN + count(judge), "rubric": count(judge.split("{")[0]), "shown": shown}
 
 
-def parameters(c: Config) -> int:
-    """Numbers in the weights of a model."""
-    return body(c) + c.vocab_size * c.hidden_size * (
-        1 if c.tie_word_embeddings or c.scalar_head else 2) + c.hidden_size * c.scalar_head
-
-
 def body(c: Config) -> int:
-    """Numbers in its blocks and last norm: all but embedding and head."""
-    block = 2 * c.hidden_size * (queries(c) + keys(c)) + 3 * c.hidden_size * c.intermediate_size
-    return c.num_hidden_layers * (block + 2 * c.hidden_size) + c.hidden_size
+    """Weights of the blocks and the last norm: all but embedding and head."""
+    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    block = c.hidden_size * (heads + 3 * c.intermediate_size + 2)
+    return c.num_hidden_layers * block + c.hidden_size
 
 
-def queries(c: Config) -> int:
-    return c.num_attention_heads * c.head_dim
+def parameters(c: Config) -> int:
+    tables = 1 if c.tie_word_embeddings or c.scalar_head else 2
+    return body(c) + c.vocab_size * c.hidden_size * tables + c.hidden_size * c.scalar_head
 
-
-def keys(c: Config) -> int:
-    return c.num_key_value_heads * c.head_dim
-
-
-# ---------------------------------------------------------------- memory
-#
-# Each phase is a few moments at which memory stands high; its peak is the highest of them. All of
-# them follow the code, line by line: a tensor that is made there is counted here.
 
 def token_cache(c: Config, width: int) -> int:
-    """Keys and values of one token in all layers."""
-    return 2 * c.num_hidden_layers * keys(c) * width
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * width
 
 
-def block_pass(c: Config, width: int) -> int:
-    """A token's numbers in a block without gradients, at most: the MLP's gate, up, silu(gate) and
-    product beside the block's input, what attention made of it, and its norm."""
-    return (3 * c.hidden_size + 4 * c.intermediate_size) * width
+# ---------------------------------------------------------------- the plan
 
+class Plan:
+    """What a run needs. models: Config by role ("policy", "reference", "judge", "reward model").
 
-def mask(c: Config, rows: int, new: int, seen: int, width: int) -> int:
-    """Llama.additive."""
-    return rows * new * seen * width * c.num_attention_heads // c.num_key_value_heads
+    code: the functions that are executed on meta tensors: Llama, Row, Completion, pick,
+    last_hidden, micro_batches, token_log_probs, batch_loss.
+    """
 
+    def __init__(self, s, models: dict[str, Config], code, *, text: dict | None = None,
+                 on: Machine | None = None):
+        self.settings, self.models, self.code = s, models, code
+        self.text, self.machine = text or prompt_lengths(s), on or machine(s)
+        self.built = {}                  # models on meta, by role
 
-def sampling(c: Config, width: int, *, rows: int, each: int, prompt: int, common: int, limit: int,
-             batch_tokens: int) -> list[dict]:
-    """sample.sample on prompts of equal length, `common` tokens of which all share."""
-    size = prompt + limit
-    B = min(rows, max(1, batch_tokens // size))
-    P = math.ceil(B / each)
-    common = common if common >= 32 and P > 1 else 0
-    count = min(P, max(1, PREFILL_TOKENS // (prompt - common)))      # prompts in a pass
-    new, token, V = count * (prompt - common), token_cache(c, width), c.vocab_size
-    passing = new * block_pass(c, width)
-    if common:
-        passing += mask(c, count, prompt - common, prompt, width)
-    buffers = rows * limit * 12 + B * limit * 8          # tokens and log-probs; uniform numbers
-    cache = B * size * token
-    return [{"cache": cache + (common + count * prompt) * token, "activations": passing + buffers,
-             "logits": 4 * V * P},
-            # sample.pick: logits of this step and the next, or their softmax
-            {"cache": cache, "activations": B * block_pass(c, width) + buffers,
-             "logits": (8 + 4 * (width == 2) + 4) * B * V}]
+    # ------------------------------------------------------------ what is executed
 
+    def peak(self, role: str, work, *sizes) -> int:
+        """Most bytes that are alive at once in work(model, *sizes), beside the model's weights."""
+        c, m = self.models[role], self.machine
+        key = (str(c), m.device, m.width, work.__name__, sizes)
+        if key not in MEASURED:
+            with on_meta(m.device):
+                if role not in self.built:
+                    with torch.device("meta"):
+                        model = self.code.Llama(c)
+                    model.frequencies = model.frequencies.to("meta")
+                    self.built[role] = model.to({2: torch.bfloat16, 4: torch.float32}[m.width])
+                model = self.built[role]
+                for p in model.parameters() if work == self.updating else ():
+                    p.grad_dtype = None                          # as MasterAdamW has it
+                    p.grad = torch.empty_like(p, dtype=torch.float32)
+                with Live(model) as live:
+                    work(model, *sizes)
+            MEASURED[key] = live.peak
+        return MEASURED[key]
 
-def head_logits(c: Config, width: int, tokens: int, device: str) -> int:
-    """Bytes of logprobs.log_probs: a chunk's logits in fp32; beside them in bfloat16 as the product
-    that they are made of, and, on the way back, the last chunk's gradient."""
-    return tokens * chunk_width(tokens, c.vocab_size, device) * (4 + 4 * (width == 2))
+    @torch.inference_mode()
+    def sampling(self, model, B: int, P: int, S: int, common: int, T: int):
+        """The prefill of P prompts for B rows, and a decode step."""
+        prompts = [[0] * common + [1 + p] * (S - common) for p in range(P)]
+        logits, held = cache.prefill(model, prompts, torch.arange(B) * P // B, S + T)
+        uniform = torch.empty(B, dtype=torch.float64, device="meta")
+        token, _ = self.code.pick(logits, 0.9, uniform)
+        self.code.pick(model.logits(model(token[:, None], cache=held)[:, -1]), 0.9, uniform)
 
+    def scoring(self, model, N: int, G: int, S: int, T: int, tokens: int):
+        """The reward model's or the judge's passes over N * G pairs of S + T tokens."""
+        rows = [[1 + n] * S + [n * G + g] * T for n in range(N) for g in range(G)]
+        self.code.last_hidden(model, rows[:max(1, tokens // (S + T))],
+                              [n for n in range(N) for _ in range(G)], tokens)
 
-def scoring(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int,
-            device: str | None = None) -> list[dict]:
-    """cache.shared_forward without gradients: prompts, whose keys and values are kept, then what
-    follows them; then, given the device, log-probs."""
-    logits = head_logits(c, width, B * rest, device) if device else 0
-    held = P * prompt * token_cache(c, width)
-    hidden = P * prompt * c.hidden_size * width
-    joined = (2 * B * (prompt + rest) * keys(c) * width      # Continuation.write, one layer's
-              + mask(c, B, rest, prompt + rest, width))
-    return [{"cache": held, "activations": P * prompt * block_pass(c, width)},
-            {"cache": held, "activations": hidden + joined + B * rest * block_pass(c, width)},
-            {"logits": logits, "activations": 2 * B * (1 + rest) * c.hidden_size * width}]
+    def rows(self, N: int, G: int, S: int, T: int) -> list:
+        said = lambda i: self.code.Completion([i] * T, [0.0] * T, True)
+        return [self.code.Row([n] * S, said(n * G + g), 0.0, [0.0] * T)
+                for n in range(N) for g in range(G)]
 
+    @torch.no_grad()
+    def referring(self, model, N: int, G: int, S: int, T: int, tokens: int):
+        batch = next(self.code.micro_batches(self.rows(N, G, S, T), tokens))
+        self.code.token_log_probs(model, batch, 0.9)
 
-def last_hidden(rows: int, each: int, prompt: int, rest: int, tokens: int) -> dict:
-    """The largest batch of rewards.last_hidden, `tokens` a pass."""
-    B = min(rows, max(1, tokens // (prompt + rest)))
-    # Sorted by length, groups are torn apart: a group's only row in a batch is a prompt itself.
-    return {"B": B, "P": min(math.ceil(rows / each), B), "rest": rest,
-            "prompt": prompt if B == rows else prompt + rest}
+    def updating(self, model, N: int, G: int, S: int, T: int, tokens: int, checkpointing: bool):
+        """Forward and backward pass of a micro-batch, beside the gradients of earlier ones."""
+        model.checkpointing = checkpointing
+        batch = next(self.code.micro_batches(self.rows(N, G, S, T), tokens))
+        self.code.batch_loss(model, batch, self.settings, N * G)[0].backward()
 
+    # ------------------------------------------------------------ memory
 
-def micro_batch(rows: int, each: int, prompt: int, rest: int, tokens: int) -> dict:
-    """The largest of gradient.micro_batches."""
-    room = lambda B: math.ceil(B / each) * prompt + B * rest
-    B = max(1, bisect_right(range(1, rows + 1), tokens, key=room))
-    return {"B": B, "P": math.ceil(B / each), "prompt": prompt, "rest": rest}
+    def phases(self, s) -> dict[str, dict]:
+        """Bytes by phase and part: {"solve": {"policy": ..., "cache": ..., "activations": ...}}."""
+        N, G, width, text, models = s.queries, s.answers, self.machine.width, self.text, self.models
+        asked, count = TURN + s.query_tokens, parameters(models["policy"])
+        frozen = {role: parameters(c) * width for role, c in models.items() if role != "policy"}
+        policy = {"policy": count * width}
+        # An fp32 policy is its own master.
+        state = ({"masters": 4 * count} if width < 4 else {}) | {"moments": 8 * count}
+        judge = "judge" if "judge" in models else "reference"
+        found = {}
 
+        def phase(name: str, role: str, *works: tuple, held=0):
+            gradients = {"gradients": 4 * count} if name == "update" else {}
+            if not s.offload:
+                resident = policy | frozen | state | gradients
+            else:
+                resident = {role: frozen[role]} if role in frozen else policy | gradients
+            most = max(self.peak(role, work, *sizes) for work, *sizes in works)
+            work = {"cache": held} if held else {}
+            found[name] = resident | work | {"activations": most - held}
 
-def differentiating(c: Config, width: int, *, B: int, P: int, prompt: int, rest: int, device: str,
-                    checkpointing: bool) -> list[dict]:
-    """gradient.accumulate, one micro-batch: activations that wait for the backward pass; beside
-    them the head's passes, then a block's backward one."""
-    D, V, inner = c.hidden_size, c.vocab_size, c.intermediate_size
-    tokens, pairs = P * prompt + B * rest, P * prompt + B * (prompt + rest)   # pairs: keys, values
-    # A block keeps its input, two norms and attention's output for the next products (4 D); q, k,
-    # v, and attention's result, twice; gate, up and their product. Norms are recomputed.
-    kept = lambda n, pairs: ((4 * D + 3 * queries(c) + 3 * inner) * n + 2 * keys(c) * pairs) * width
-    longest, block = max(P * prompt, B * rest), 0
-    if checkpointing:
-        waiting = c.num_hidden_layers * (D * tokens + 2 * keys(c) * P * prompt) * width
-        block = kept(longest, B * (prompt + rest))
-    else:
-        waiting = c.num_hidden_layers * kept(tokens, pairs)
-    waiting += mask(c, B, rest, prompt + rest, width) + 3 * D * tokens * width
-    # The head's gradient waits for the embedding's.
-    logits = head_logits(c, width, B * rest, device)
-    return [{"activations": waiting, "logits": logits, "head's gradient": D * V * width},
-            {"activations": waiting + block + longest * 4 * inner * width,
-             "head's gradient": D * V * width},
-            {"activations": waiting * P * prompt / tokens, "head's gradient": 2 * D * V * width}]
+        def sampling(name: str, role: str, rows: int, each: int, S: int, T: int, common=0):
+            B = min(rows, max(1, s.batch_tokens // (S + T)))
+            held = B * (S + T) * token_cache(models[role], width)
+            phase(name, role, (self.sampling, B, -(-B // each), S, common, T), held=held)
 
-
-def budget(s, models: dict[str, Config], text: dict[str, int], m: Machine) -> dict[str, dict]:
-    """Bytes by phase and part: {"solve": {"policy": ..., "cache": ...}, ...}, each at its peak."""
-    c, width, N, G = models["policy"], m.width, s.queries, s.answers
-    reference, scorer = models.get("reference"), models.get("reward model")
-    judge = models.get("judge", reference)
-    count = parameters(c)
-    asked = TURN + s.query_tokens                                   # a Solver's prompt
-    frozen = {role: parameters(x) * width for role, x in models.items() if role != "policy"}
-    policy = {"policy": count * width}
-    # An fp32 policy is its own master.
-    state = ({"masters": 4 * count} if width < 4 else {}) | {"moments": 8 * count}
-
-    def resident(role: str) -> dict:
-        work = {"gradients": 4 * count} if role == "update" else {}
-        if not s.offload:
-            return policy | frozen | state | work
-        return {role: frozen[role]} if role in frozen else policy | work
-
-    play = dict(batch_tokens=s.batch_tokens)
-    found = {}
-
-    def phase(name: str, role: str, moments: list[dict]):
-        found[name] = resident(role) | max(moments, key=lambda parts: sum(parts.values()))
-
-    if text["challenger"]:
-        phase("challenge", "policy", sampling(c, width, rows=N, each=N, prompt=text["challenger"],
-                                              common=0, limit=s.query_tokens, **play))
-    phase("solve", "policy", sampling(c, width, rows=N * G, each=G, prompt=asked, common=0,
-                                      limit=s.answer_tokens, **play))
-    if s.eval_prompts:               # as many as there are: as many as the sampler takes
-        together = max(1, s.batch_tokens // (asked + s.answer_tokens))
-        phase("eval", "policy", sampling(c, width, rows=together, each=1, prompt=asked, common=0,
-                                         limit=s.answer_tokens, **play))
-    tokens = min(16384, s.batch_tokens)
-    if scorer:
-        phase("reward", "reward model", scoring(
-            scorer, width, **last_hidden(N * G, G, asked, s.answer_tokens, tokens)))
-    if s.reading:
-        role = "judge" if "judge" in models else "reference"
-        pair = text["judge"] + text["shown"]
+        if text["challenger"]:
+            sampling("challenge", "policy", N, N, text["challenger"], s.query_tokens)
+        sampling("solve", "policy", N * G, G, asked, s.answer_tokens)
+        if s.eval_prompts:               # as many as there are: as many as the sampler takes
+            sampling("eval", "policy", 10**9, 1, asked, s.answer_tokens)
+        tokens, pair = min(16384, s.batch_tokens), text["judge"] + text["shown"]
+        after = s.answer_tokens + TURN // 2              # with what the template puts behind it
+        if "reward model" in models:
+            phase("reward", "reward model", (self.scoring, N, G, asked, after, tokens))
         if s.reading == "expected":
-            phase("judge", role, scoring(
-                judge, width, **last_hidden(N * G, G, pair, s.answer_tokens, tokens)))
-        else:
-            phase("judge", role, sampling(
-                judge, width, rows=N * G, each=1, prompt=pair + s.answer_tokens,
-                common=text["rubric"], limit=s.judge_tokens, **play))
-    batches = [micro_batch(N * G, G, asked, s.answer_tokens, s.micro_batch_tokens)]
-    if text["challenger"]:
-        batches.append(micro_batch(N, N, text["challenger"], s.query_tokens, s.micro_batch_tokens))
-    if s.beta:
-        phase("reference", "reference", [moment for batch in batches for moment in scoring(
-            reference, width, **batch, device=m.device)])
-    moments = [moment for batch in batches for moment in differentiating(
-        c, width, **batch, device=m.device, checkpointing=s.checkpointing)]
-    if s.offload:                    # MasterAdamW._stream: two blocks of three tensors on their way
-        largest = c.vocab_size * c.hidden_size
-        moments.append({"activations": 2 * 3 * 4 * min(BLOCK, largest)})
-    phase("update", "update", moments)
-    return found
+            phase("judge", judge, (self.scoring, N, G, pair, after, tokens))
+        elif s.reading:
+            sampling("judge", judge, N * G, 1, pair + s.answer_tokens, s.judge_tokens,
+                     common=text["rubric"])
+        rows = [(N, G, asked, s.answer_tokens)]
+        if text["challenger"]:
+            rows.append((1, N, text["challenger"], s.query_tokens))
+        size = s.micro_batch_tokens
+        if s.beta:
+            phase("reference", "reference", *((self.referring, *row, size) for row in rows))
+        phase("update", "policy", *((self.updating, *row, size, s.checkpointing) for row in rows))
+        if s.offload:                    # MasterAdamW streams two blocks of three tensors
+            block = 24 * min(BLOCK, models["policy"].vocab_size * models["policy"].hidden_size)
+            found["update"]["activations"] = max(found["update"]["activations"], block)
+        return found
 
+    def host(self, s) -> dict[str, float]:
+        """Bytes of host memory by part, beside the process itself, where the run is on a GPU."""
+        count, width = parameters(self.models["policy"]), self.machine.width
+        if self.machine.device != "cuda":
+            return {}
+        if not s.offload:
+            return {"checkpoint": 4 * count}             # while it is written, a file at a time
+        frozen = {r: parameters(c) * width for r, c in self.models.items() if r != "policy"}
+        return frozen | {"masters": 4 * count, "moments": 8 * count}
 
-def on_host(s, models: dict[str, Config], m: Machine) -> dict[str, float]:
-    """Bytes of host memory by part, beside the process itself; a run on the host has no others."""
-    count = parameters(models["policy"])
-    if m.device != "cuda":
-        return {}
-    if not s.offload:
-        return {"checkpoint": 4 * count}             # while it is written, a file at a time
-    frozen = {role: parameters(c) * m.width for role, c in models.items() if role != "policy"}
-    return frozen | {"masters": 4 * count, "moments": 8 * count}
+    # ------------------------------------------------------------ what fits
 
+    def exact(self, s) -> int:
+        """Bytes of weights, gradients and AdamW's state on the GPU at most: nothing is executed."""
+        count, width = parameters(self.models["policy"]), self.machine.width
+        frozen = [parameters(c) * width for role, c in self.models.items() if role != "policy"]
+        working = count * (width + 4)                            # the policy and its gradients
+        if s.offload:
+            return max(working, *frozen, 0)
+        return working + sum(frozen) + count * (8 + 4 * (width < 4))
 
-# ---------------------------------------------------------------- what fits
+    def missing(self, s, names=None) -> float:
+        """Bytes by which these phases (default: all) exceed the memory, spare room included."""
+        usable = (1 - SPARE_MEMORY) * self.machine.memory
+        return max(sum(size if part in STATIC else (1 + SPARE_WORK) * size
+                       for part, size in parts.items()) - usable
+                   for name, parts in self.phases(s).items() if names is None or name in names)
 
-def lacking(found: dict[str, dict], memory: float, names=None) -> float:
-    """Bytes by which these phases (default: all) go over the memory, spare room included."""
-    over = [sum(parts.values()) - (1 - SPARE_MEMORY) * memory + SPARE_WORK * sum(
-        size for part, size in parts.items() if part not in STATIC)
-        for name, parts in found.items() if names is None or name in names]
-    return max(over)
-
-
-def largest(s, plan, fixed=()):
-    """Settings with the largest sizes that fit; those that are fixed stay, and where none fits."""
-    for key, sizes, mine in (("batch_tokens", BATCH_TOKENS, False),
-                             ("micro_batch_tokens", MICRO_BATCH_TOKENS, True)):
-        for size in sizes if key not in fixed else ():
-            tried = replace(s, **{key: size})
-            found = budget(tried, *plan)
-            names = [name for name in found if (name in ("update", "reference")) == mine]
-            if lacking(found, plan[-1].memory, names) <= 0:
-                s = tried
-                break
-    return s
-
-
-def plan(s) -> tuple[dict[str, Config], dict[str, int], Machine]:
-    """What budget() needs beside the settings."""
-    return read_models(s), prompt_lengths(s), machine(s)
-
-
-def sized(s, fixed):
-    """Settings with --batch-tokens and --micro-batch-tokens chosen for the GPU, where nobody chose
-    them (`fixed`: what the command line or a preset has). On a CPU the defaults stay."""
-    if not (s.dry_run and s.gpu_memory) and pick_device(s.device)[0].type != "cuda":
+    def largest(self, s, fixed=()):
+        """Settings with the largest sizes that fit; those that are fixed stay, and so do all where
+        the weights alone do not fit."""
+        if self.exact(s) > self.machine.memory:
+            return s
+        for key, sizes, names in (
+                ("micro_batch_tokens", MICRO_BATCH_TOKENS, ("update", "reference")),
+                ("batch_tokens", BATCH_TOKENS, ("challenge", "solve", "eval", "reward", "judge"))):
+            tries = [replace(s, **{key: size}) for size in sizes if key not in fixed]
+            s = next((tried for tried in tries if self.missing(tried, names) <= 0), s)
         return s
-    needed = plan(s)
-    s = largest(s, needed, fixed)
-    exact = max(sum(parts.get(part, 0) for part in STATIC)
-                for parts in budget(s, *needed).values())
-    if exact > needed[-1].memory and not s.dry_run:
-        raise InputError(f"{needed[-1].memory / 1e9:.1f} GB ({needed[-1].source}), and weights, "
-                         f"gradients and moments alone take {exact / 1e9:.1f}: "
-                         + advice(s, needed))
-    return s
 
+    def sized(self, s, fixed):
+        """Settings with --batch-tokens and --micro-batch-tokens chosen for the GPU, unless they are
+        in `fixed`. On a CPU the defaults stay. InputError where the weights alone do not fit."""
+        if self.machine.device != "cuda":
+            return s
+        s = self.largest(s, fixed)
+        if self.exact(s) > self.machine.memory and not s.dry_run:
+            raise InputError(f"{self.machine.memory / 1e9:.1f} GB ({self.machine.source}), and "
+                             "weights, gradients and moments alone take "
+                             f"{self.exact(s) / 1e9:.1f}: {self.advice(s)}")
+        return s
 
-def advice(s, plan) -> str:
-    """Whether the run fits; if not, the first switches that make it, the cheapest first."""
-    m, found = plan[-1], budget(s, *plan)
-    short = lacking(found, m.memory)
-    if short <= 0:
-        return "fits"
-    tries = [{}, {"checkpointing": True}] + [{"offload": True}, {
-        "offload": True, "checkpointing": True}] * (m.device == "cuda")
-    for change in tries:
-        tried = largest(replace(s, **change), plan)
-        # Sizes that were chosen and need not shrink stay as they are.
-        for key in ("batch_tokens", "micro_batch_tokens"):
-            if getattr(tried, key) > getattr(s, key):
-                tried = replace(tried, **{key: getattr(s, key)})
-        if lacking(budget(tried, *plan), m.memory) <= 0:
-            flags = [f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
-                     for key, value in vars(tried).items() if value != getattr(s, key)]
-            return f"does not fit, {short / 1e9:.1f} GB short: {' '.join(flags)} would make it fit"
-    least = replace(tried, batch_tokens=BATCH_TOKENS[-1], micro_batch_tokens=MICRO_BATCH_TOKENS[-1])
-    return (f"does not fit, {short / 1e9:.1f} GB short; with every switch ("
-            f"{' '.join('--' + key for key in tries[-1])}, least sizes) still "
-            f"{lacking(budget(least, *plan), m.memory) / 1e9:.1f} short")
+    def advice(self, s) -> str:
+        """"fits", or by how much it does not, with the first flags that make it fit."""
+        short = self.missing(s)
+        if short <= 0:
+            return "fits"
+        tries = [{}, {"checkpointing": True}] + [{"offload": True}, {
+            "offload": True, "checkpointing": True}] * (self.machine.device == "cuda")
+        for change in tries:
+            tried = self.largest(replace(s, **change))
+            sizes = ("batch_tokens", "micro_batch_tokens")       # they need not grow
+            tried = replace(tried, **{k: min(getattr(tried, k), getattr(s, k)) for k in sizes})
+            if self.missing(tried) <= 0:
+                flags = [f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
+                         for key, value in vars(tried).items() if value != getattr(s, key)]
+                return (f"does not fit, {short / 1e9:.1f} GB short: {' '.join(flags)} "
+                        "would make it fit")
+        least = replace(tried, batch_tokens=BATCH_TOKENS[-1],
+                        micro_batch_tokens=MICRO_BATCH_TOKENS[-1])
+        flags = " ".join("--" + key for key in tries[-1])
+        return (f"does not fit, {short / 1e9:.1f} GB short; with {flags} and the smallest sizes "
+                f"still {self.missing(least) / 1e9:.1f} GB short")
+
+    # ------------------------------------------------------------ time, disk
+
+    def seconds(self, s) -> float:
+        """Estimated seconds of a step on a card of this size when every text runs to its limit.
+
+        Decoding reads the weights once a token and batch, and the cache as far as it is filled. A
+        product takes two FLOPs a weight and token, a backward pass twice its forward pass. AdamW
+        reads and writes 28 bytes a weight. --offload moves masters, moments and each model once.
+        """
+        N, G, text, models = s.queries, s.answers, self.text, self.models
+        c, judge = models["policy"], models.get("judge", models.get("reference"))
+        own, asked, pairs = text["challenger"], TURN + s.query_tokens, N * G
+        pair = text["judge"] + text["shown"] + s.answer_tokens
+        written = [(c, pairs, asked, s.answer_tokens)]                       # model, rows, S, T
+        written += [(c, N, own, s.query_tokens)] * bool(own)
+        written += [(judge, pairs, pair, s.judge_tokens)] * (s.reading == "generate")
+        weights = lambda c: body(c) + c.vocab_size * c.hidden_size
+        read = sum(weights(c) * T * math.ceil(rows * (S + T) / s.batch_tokens) * self.machine.width
+                   + token_cache(c, self.machine.width) * rows * T * (S + T / 2)
+                   for c, rows, S, T in written) + 28 * parameters(c)
+        learnt = N * (asked + s.query_tokens * bool(own)) + own + pairs * s.answer_tokens
+        passes = (4 if s.checkpointing else 3) + bool(s.beta) + ("reward model" in models)
+        flops = 2 * weights(c) * learnt * passes
+        flops += 2 * body(judge) * pairs * (pair - text["rubric"]) if s.reading else 0
+        moved = s.offload * (24 * parameters(c) + self.machine.width * sum(map(parameters,
+                                                                               models.values())))
+        bytes_a_second, flops_a_second = self.card[1:]
+        return read / bytes_a_second / DECODE + flops / flops_a_second / PRODUCTS + moved / LINK
+
+    @property
+    def card(self) -> tuple:
+        return next(card[1:] for card in CARDS if self.machine.memory / 1e9 >= card[0])
+
+    def checkpoint_bytes(self) -> int:
+        """Weights as they are stored, moments, and masters where the weights are rounded ones."""
+        c = self.models["policy"]
+        stored = getattr(torch, c.dtype).itemsize
+        masters = 4 * (min(stored, self.machine.width) < 4)
+        return parameters(c) * (stored + 8 + masters) + 2**20
+
+    # ------------------------------------------------------------ in words
+
+    def table(self, s) -> str:
+        """Phases as columns, parts as rows; the last column is host memory."""
+        columns = self.phases(s) | ({"host": self.host(s)} if self.host(s) else {})
+        totals = [sum(parts.values()) for parts in columns.values()]
+        unit = 1e9 if max(totals) > 1e9 else 1e6
+        line = lambda name, sizes: f"{name:18}" + "".join(
+            f"{size / unit:10.2f}" if size else f"{'-':>10}" for size in sizes)
+        head = f"{'GB' if unit == 1e9 else 'MB':18}" + "".join(f"{name:>10}" for name in columns)
+        names = dict.fromkeys(part for parts in columns.values() for part in parts)
+        return "\n".join([head, *(line(name, [parts.get(name, 0) for parts in columns.values()])
+                                  for name in names), line("peak", totals)])
+
+    def opening(self, s) -> str:
+        """The table in one line, for the start of a run."""
+        peaks = {name: sum(parts.values()) for name, parts in self.phases(s).items()}
+        name, unit = ("GB", 1e9) if max(peaks.values()) > 1e9 else ("MB", 1e6)
+        sizes = "  ".join(f"{phase} {size / unit:.2f}" for phase, size in peaks.items())
+        return (f"peaks, {name}     {sizes}  of {self.machine.memory / 1e9:.1f} GB "
+                f"({self.machine.source}): {self.advice(s)}")
+
+    def dry_run(self, s) -> int:
+        """Print what the run would need; the exit code, 0 where it fits and 3 where it does not."""
+        m, verdict, checkpoint = self.machine, self.advice(s), self.checkpoint_bytes() / 1e9
+        roles = ", ".join(f"{role} {parameters(c) / 1e9:.2f}" for role, c in self.models.items())
+        switches = "  --checkpointing" * s.checkpointing + "  --offload" * s.offload
+        print(f"{s.model}, {s.algo}, {s.queries} queries x {s.answers} answers, "
+              f"{'bf16' if m.width == 2 else 'fp32'}; 1e9 parameters: {roles}\n"
+              f"--batch-tokens {s.batch_tokens}  --micro-batch-tokens {s.micro_batch_tokens}"
+              f"{switches}\n\n{self.table(s)}\n\n{m.memory / 1e9:.1f} GB ({m.source}): {verdict}")
+        if m.device == "cuda":
+            step = self.seconds(s)
+            print(f"about {step:.0f} s a step, {step * s.steps / 3600:.1f} h for {s.steps} steps, "
+                  "if every text runs to its limit\n"
+                  f"  and a {self.card[0]} reaches {DECODE:.0%} of its data sheet's bandwidth and "
+                  f"{PRODUCTS:.0%} of its FLOP/s")
+        kept = s.keep + 1 if s.keep else s.steps // s.save_every
+        print(f"a checkpoint takes {checkpoint:.1f} GB of disk, the run {kept * checkpoint:.1f} GB")
+        return 0 if verdict == "fits" else 3

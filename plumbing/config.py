@@ -20,6 +20,13 @@ class Config:
     rope_scaling: dict | None          # None, or the llama3 frequency scaling's four numbers
     tie_word_embeddings: bool
     scalar_head: bool                # LlamaForSequenceClassification with one label: a reward model
+    dtype: str = "float32"           # of its checkpoints
+
+
+def dtype_name(raw: dict) -> str:
+    """The dtype that a config.json names; float32 for none and for "auto"."""
+    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    return "float32" if name == "auto" else name
 
 
 def parse_config(raw: dict, name: str = "config.json") -> Config:
@@ -78,7 +85,8 @@ def parse_config(raw: dict, name: str = "config.json") -> Config:
         rms_norm_eps=number(raw, "rms_norm_eps", float, 1e-6, most=1),
         rope_theta=number(rope if "rope_theta" in rope else raw, "rope_theta", float, 10000.0,
                           least=1),
-        rope_scaling=scaling, tie_word_embeddings=bool(tied), scalar_head=scalar_head)
+        rope_scaling=scaling, tie_word_embeddings=bool(tied), scalar_head=scalar_head,
+        dtype=dtype_name(raw))
     need(heads % config.num_key_value_heads == 0, f"num_attention_heads {heads} is not a multiple "
          f"of num_key_value_heads {config.num_key_value_heads}")
     need(config.head_dim % 2 == 0, f"head_dim must be even, found {config.head_dim}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from plumbing.budget import parameters
 from plumbing.runs import read_lines
 
 # What metrics.jsonl tells of the machine. All else two runs of one game have in common.
@@ -17,6 +18,7 @@ def share(flags: list) -> float | None:
     return sum(flags) / len(flags) if flags else None
 
 
+LARGE = 10**8                        # weights: with fewer a step is over before it has a speed
 RECENT = 10                          # steps whose queries a step's are compared with
 
 
@@ -207,6 +209,38 @@ def samples(r, step: int):
                 "reward": r.R[n, g].item(), "advantage": r.A_sol[n, g].item(),
                 "quality": None if r.R_Q is None else r.R_Q[n, g].item(),
             } | (r.judgements[n * G + g] if r.judgements else {}) for g in range(G)]}
+
+
+def speed(game, r) -> dict[str, float]:
+    """Tokens/s of a train.Round's phases. A phase's time includes its prefill and all waiting."""
+    G = game.settings.answers
+    rows = [row for group in r.answer_rows for row in group]
+    learnt = [row for i, row in enumerate(rows) if r.kept[i // G]]
+    learnt += [row for row, keep in zip(r.query_rows, r.kept) if keep]
+    count = lambda rows: sum(len(row.tokens) for row in rows)
+    judged = [j["judge_tokens"] for j in r.judgements if "judge_tokens" in j]
+    tokens = {"challenge": count(r.query_rows), "solve": count(rows),
+              "reward": getattr(game.reward, "tokens", 0), "judge": sum(T for _, T in judged),
+              "update": count(learnt)}
+    return {name: n / r.seconds[name] for name, n in tokens.items() if n and name in r.seconds}
+
+
+def is_large(c) -> bool:
+    """Whether a step takes long enough to have a speed: 1e8 weights."""
+    return parameters(c) >= LARGE
+
+
+def speed_line(m: dict) -> str:
+    """The second line of a step: each phase's seconds and tokens/s, and the highest peak, GB."""
+    said = []
+    for name, seconds in m["phase_seconds"].items():
+        rate = m["tokens_per_second"].get(name)
+        said.append(f"{name} {seconds:.1f} s" + (f" {rate:.0f} tok/s" if rate else ""))
+    peaks = {name: peak for name, peak in m["peak_gb"].items() if peak is not None}
+    if peaks:
+        highest = max(peaks, key=peaks.get)
+        said.append(f"peak {peaks[highest]:.1f} GB in {highest}")
+    return "     " + "  ".join(said)
 
 
 def transcript(s, r) -> str:

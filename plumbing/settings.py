@@ -11,7 +11,6 @@ from pathlib import Path
 
 import lsp
 import rewards
-from plumbing import budget
 from plumbing.chat import SURROGATE
 from plumbing.files import (
     NAMES,
@@ -204,7 +203,7 @@ def resolve(given: dict) -> tuple[Settings, dict]:
         if place and place not in NAMES and os.path.exists(place):
             setattr(s, key, os.path.abspath(place))
     check(s)
-    return budget.sized(s, preset | given), preset
+    return s, preset
 
 
 def read_preset(file: Path) -> dict:
