@@ -327,7 +327,18 @@ def test_a_box_holds_nested_braces_and_the_last_whole_one_counts(text, held):
     (r"\dfrac12", r"\frac{1}{2}", True), ("0.5", r"\frac{1}{2}", True), ("x + 1", "1 + x", True),
     ("11", "10", False), ("2 1/2", r"\frac{21}{2}", False), ("", "1", False),
     ("1" * 500, "1", False),
-    ("(1,2)", "(2,1)", False), (r"\sqrt{8}", r"2\sqrt{2}", True)])
+    ("(1,2)", "(2,1)", False), (r"\sqrt{8}", r"2\sqrt{2}", True),
+    ("37 1/2", r"\frac{371}{2}", False), (r"4\mathrm{i}", "4", False),
+    (r"8-3\mathrm{i}", "8-3", False), (r"7\text{e}", "7", False), (r"3\text{ million}", "3", False),
+    (r"3\text{ million}", r"3\text{ billion}", False), (r"5\text{ dozen}", "5", False),
+    (r"10\text{ or 12}", "10", False), (r"4 \text{ and } 200", "4200", False),
+    (r"8-3\mathrm{i}", "8-3i", True), (r"2\pi\mathrm{i}", r"2\pi i", True),
+    ("4 1/2", r"4\frac12", True),
+    (r"\begin{pmatrix} 1 \\[4pt] 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+    (r"\frac{30{,}000}{\pi}", r"\frac{30000}{\pi}", True), (r"\boldsymbol{5}", "5", True),
+    ("3\u221a2", r"3\sqrt{2}", True), (r"\text{circle.}", r"\text{circle}", True),
+    ("24 in^2", "24", True), ("24 cm\u00b2", "24", True), (r"7\text{ cm}^2", "7", True),
+    ("24m^2", "24", False)])
 def test_math_answers_are_compared_by_their_values(answer, gold, same):
     pytest.importorskip("math_verify")
     assert rewards.same_value(answer, gold) == same
@@ -339,6 +350,8 @@ def test_without_math_verify_a_line_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(InputError, match="pip install 'math-verify"):
         rewards.same_value("1", "1")
+    with pytest.raises(InputError, match="pip install 'math-verify"):
+        rewards.NEED_GOLD["math"][1]("1")                      # when the data is read: no step yet
 
 
 def test_the_final_number_of_gsm8k_gold_answers():
