@@ -210,10 +210,15 @@ def benchmark(args):
         raise InputError(f"{name} runs programs that a model wrote: give --allow-code to allow it")
     if samples > 1 and args.temperature == 0:
         raise InputError(f"--samples {samples}: greedy answers are all alike: give a --temperature")
+    if name == "math":
+        rewards.math_verify()                       # absent: said before the model answers
     args.max_new_tokens = args.max_new_tokens or benchmarks.TOKENS[name]
     problems, prompt = benchmarks.read_problems(name, args.prompts, args.limit)
     if name in benchmarks.CODE:
         print(grade.isolation())
+        if absent := benchmarks.absent_modules(problems):
+            print(f"some tests import {', '.join(absent)}, which programs cannot import here: "
+                  "these problems will count as errors")
     out, queries = Path(args.out), [problem["query"] for problem in problems]
     records = results.resume(out, made_by(args, name, queries, samples=samples, prompt=prompt))
     for i, answers in answer(args, queries, {record["item"] for record in records}, samples):
