@@ -252,7 +252,7 @@ class Endpoint:
 
     def _said(self, error: urllib.error.HTTPError) -> str:
         try:
-            said = error.read(2000).decode(errors="replace")
+            said = self._read(error)[:2000].decode(errors="replace")
             return " ".join(self._hide(said).split())[:200]
         except (OSError, http.client.HTTPException):
             return ""

@@ -3,6 +3,7 @@ import json
 import sys
 import threading
 import time
+import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -325,6 +326,21 @@ def test_an_error_behind_status_200_is_shown_and_a_trickle_is_cut_off(serve, mon
     with pytest.raises(TimeoutError, match="no whole reply in 0.2 s"):
         judges.Endpoint(server.url, "m", seconds=0.2)._read(Trickle())
     assert time.monotonic() - begun < 2
+
+
+def test_an_error_that_trickles_is_cut_off_too(monkeypatch):
+    class Trickle(urllib.error.HTTPError):
+        def __init__(self):
+            super().__init__("u", 500, "m", {}, None)
+
+        def read1(self, size):
+            time.sleep(0.05)
+            return b"x"
+
+        def read(self, size=None):
+            time.sleep(1)
+            return b"all of it"
+    assert judges.Endpoint("http://localhost:1/v1", "m", seconds=0.2)._said(Trickle()) == ""
 
 
 def test_further_fields_of_a_request_are_added_and_null_leaves_one_out(serve):
