@@ -162,12 +162,15 @@ def bars(paths: list[str], out: str):
         axis.bar(at, means, width, yerr=reach, capsize=3, label=name, color=f"C{number}")
         for x, mean, (_, high) in zip(at, means, ends):
             axis.text(x, high + 1, f"{mean:.1f}", ha="center", fontsize=8)
-    short = [label.partition(" against ")[0].replace("$", r"\$") for label in groups]
+    short = [label.partition(" against ")[0] for label in groups]
+    short = [(label if short.count(brief) > 1 else brief).replace("$", r"\$")      # two judges
+             for label, brief in zip(groups, short)]
     axis.set_xticks(range(len(groups)), [textwrap.fill(label, 16) for label in short], fontsize=8)
     axis.set_ylabel("per cent, 95 % interval")
-    top = max(100 * interval(values)[1] for group in groups.values() for values in group.values())
-    axis.set_ylim(0, 1.15 * top)
-    if any(label.startswith("win-rate") for label in labels):
+    tops = [100 * interval(values)[1] for group in groups.values() for values in group.values()]
+    compared = any(label.startswith("win-rate") for label in labels)
+    axis.set_ylim(0, 1.15 * max(tops + [50] * compared))
+    if compared:
         axis.axhline(50, color="black", linewidth=0.8, linestyle="--")       # neither is preferred
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)

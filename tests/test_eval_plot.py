@@ -103,6 +103,24 @@ def test_the_bars_of_a_single_measure_are_followed_by_its_subsets(tmp_path, monk
     pyplot.close("all")
 
 
+def test_a_low_win_rate_leaves_the_50_per_cent_line_in_view_and_two_judges_apart(tmp_path,
+                                                                               monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    for judge in "ab":
+        (tmp_path / f"{judge}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
+            {"measure": "win-rate", "against": "base", "judge": judge, "command": "c"},
+            *({"item": i, "query": f"q{i}", "subset": None, "orders": 1, "first": None,
+               "preference": 1.0} for i in range(50)))))
+    shown = []
+    monkeypatch.setattr(plot, "save", lambda figure, out: shown.append(figure))
+    plot.plot([str(tmp_path)], "bars.png")
+    (axis,) = shown[0].axes
+    assert axis.get_ylim()[1] > 50
+    labels = [label.get_text().replace("\n", " ") for label in axis.get_xticklabels()]
+    assert labels == [f"win-rate against base, judge {judge}" for judge in "ab"]
+    pyplot.close("all")
+
+
 def test_plot_does_not_mix_runs_and_results(tmp_path):
     make_run(tmp_path / "lsp-1")
     write_measure(tmp_path / "base" / "gsm8k.jsonl", [1])
