@@ -1,5 +1,7 @@
 """Prompts from files, with their gold answers, and the order in which training draws them."""
+import gzip
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -86,11 +88,14 @@ def opening(tokenizer: Tokenizer, name: str, prompt: str, new: int, context: int
 
 
 def read_entries(path: str) -> list[tuple[str, object]]:
-    """What a JSON list or JSON lines hold, each with its place ("line 3", "entry 3")."""
+    """What a JSON list or JSON lines, gzipped or not, hold, each with its place ("line 3")."""
     check_regular(Path(path))
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as file:
+            text = file.read()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     listed = text.lstrip().startswith("[")
     entries = []

@@ -1,5 +1,6 @@
 """Bad input through the real command lines, what strangers' checkpoints bring, degenerate play."""
 import dataclasses
+import gzip
 import json
 import os
 import random
@@ -649,6 +650,16 @@ def test_dtypes_are_read_as_transformers_reads_them(tmp_path, dtype):
     save_model(load_model(path), tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == (
         "bfloat16" if "bf" in dtype else "float32")
+
+
+def test_data_may_be_gzipped_and_half_a_file_is_named(tmp_path):
+    packed = gzip.compress(b'{"question": "What is 1 + 2?", "answer": "3"}\n')
+    (tmp_path / "d.jsonl.gz").write_bytes(packed)
+    assert read_data(str(tmp_path / "d.jsonl.gz")) == [("What is 1 + 2?", "3")]
+    for broken in (packed[:-12], packed[:14] + b"\0\xff" + packed[16:]):
+        (tmp_path / "d.jsonl.gz").write_bytes(broken)
+        with pytest.raises(InputError, match="d.jsonl.gz"):
+            read_data(str(tmp_path / "d.jsonl.gz"))
 
 
 def test_prompts_may_be_messages(tmp_path):
