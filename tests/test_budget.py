@@ -162,6 +162,7 @@ def test_every_phases_estimate_is_within_15_percent_of_the_bytes_it_took(
     monkeypatch.setattr(bench, "RUBRIC", 50)
     monkeypatch.setitem(measure.SHAPES, "small", SHAPE)
     monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cpu", chunk)
+    monkeypatch.setattr(budget, "MEASURED", {})
     game, optimizer = bench.set_up(measure.Load("small"), bench.GAME | {
         "queries": 4, "answers": 3, "query_tokens": 48, "answer_tokens": 64, "judge_tokens": 4,
         "micro_batch_tokens": 256} | changes)
