@@ -22,8 +22,9 @@ In each: limits on wall and CPU time, memory, processes, file size and open file
 its own; output thrown away; no environment, no input, no inherited file.
 
 What is still possible: a program can recognise the arguments of known tests and return what they
-expect; under "user" and "limits" it can attack the tests' process as its own user. Memory is
-limited for each process and, as root with namespaces, for System V segments, not for all together.
+expect, and it builds the objects that an MBPP problem sets up from the answer's classes; under
+"user" and "limits" it can attack the tests' process as its own user. Memory is limited for each
+process and, as root with namespaces, for System V segments, not for all together.
 None of this stops an attack on the kernel.
 """
 import contextlib
@@ -158,6 +159,13 @@ def close_files(*kept: int) -> list[int]:
 CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iter": iter}
 
 
+class Object:
+    """What the tests hold in place of an object of the answer's process."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
 def pack(x, objects: list):
     """A value as JSON: containers and numbers by kind; anything else stays and is named by its
     place in `objects`, so that the tests can hand it back."""
@@ -175,6 +183,8 @@ def pack(x, objects: list):
     kind = next((name for name in list(CONTAINERS)[:4] if isinstance(x, CONTAINERS[name])), None)
     if kind or hasattr(x, "__next__") or isinstance(x, (range, type({}.keys()), type({}.values()))):
         return [kind or "iter", [pack(item, objects) for item in x]]
+    if isinstance(x, Object):
+        return ["object", x.number]
     objects.append(x)
     return ["object", len(objects) - 1]
 
@@ -193,13 +203,6 @@ def unpack(x, known):
     if kind == "bytes":
         return bytes(held)
     return CONTAINERS[kind]([unpack(item, known) for item in held])
-
-
-class Object:
-    """What the tests hold in place of an object of the answer's process."""
-
-    def __init__(self, number: int):
-        self.number = number
 
 
 # ---------------------------------------------------------------- the two children
@@ -253,21 +256,13 @@ def run_tests(program: dict, requests: int, replies: int, report: int):
 
     def ask(name):
         def stand_in(*args, **named):
-            packed = [name, *(wrap(x) for x in (list(args), named))]
+            packed = [name, pack(args, []), pack(named, [])]
             text = json.dumps(packed).encode() + b"\n"
             while text:
                 text = text[os.write(requests, text):]
             return reply()
         return stand_in
 
-    def wrap(x):
-        if isinstance(x, Object):
-            return ["object", x.number]
-        if isinstance(x, (list, tuple)):
-            return ["list" if isinstance(x, list) else "tuple", [wrap(item) for item in x]]
-        if isinstance(x, dict):
-            return ["dict", [[wrap(k), wrap(v)] for k, v in x.items()]]
-        return pack(x, [])
     module = types.ModuleType("tests")
     space = module.__dict__
     try:

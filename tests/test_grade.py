@@ -429,6 +429,33 @@ def test_a_wrong_answer_does_not_pass_whatever_it_redefines(name):
     assert grade.run_program(right) == (True, "passed")
 
 
+@pytest.mark.parametrize("answer", [
+    "def set(x): return 0\n", "import os; set = lambda x: 0\n",
+    "from builtins import bool as set\n"])
+def test_without_a_reference_solution_an_answer_replaces_nothing_that_the_tests_use(answer):
+    problem = {"test_list": ["assert set(both([1, 2], [2, 3])) == set([2])"]}
+    wrong, right = "def both(a, b): return [7]", "def both(a, b): return [x for x in a if x in b]"
+    assert not grade.run_program(grade.mbpp_program(problem, answer + wrong))[0]
+    assert grade.run_program(grade.mbpp_program(problem, right)) == (True, "passed")
+    measured = {"test_list": ["assert math.isclose(f(), math.pi)"]}
+    assert grade.run_program(
+        grade.mbpp_program(measured, "import math\ndef f(): return math.pi"))[0]
+    named_like_a_builtin = {"test_list": ["assert sum(10, 15) == 6"]}
+    assert grade.run_program(
+        grade.mbpp_program(named_like_a_builtin, "def sum(a, b): return 6"))[0]
+
+
+def test_the_tests_may_set_up_objects_of_the_answers_classes():
+    tree = "class Node:\n    def __init__(self, x):\n        self.x, self.left = x, None\n"
+    problem = {"code": tree + "def height(n): return 1 + height(n.left) if n else 0",
+               "test_setup_code": "root = Node(1) \r\nroot.left = Node(2) \r\nleaf = Node(3)",
+               "test_list": ["assert height(root) == 2", "assert height(leaf) == 1"]}
+    assert grade.run_program(grade.mbpp_program(problem, problem["code"])) == (True, "passed")
+    for bare in (problem, {**problem, "code": ""}):
+        wrong = grade.mbpp_program(bare, tree + "def height(n): return 1")
+        assert grade.run_program(wrong) == (False, "failed")
+
+
 def test_values_of_every_plain_kind_come_back_as_they_are_and_objects_can_be_handed_back():
     answer = """
         import collections
@@ -442,6 +469,7 @@ def test_values_of_every_plain_kind_come_back_as_they_are_and_objects_can_be_han
                   frozenset({5}), {(1, 2): {"a": None}}, 1 + 2j):
             assert same(x) == x and type(same(x)) is type(x)
         assert same(x=5, key=1) == 5 and total([Pair(1), Pair(2)]) == 3
+        assert total(p for p in [Pair(4)]) == 4
         counter, generated, keys = kinds()
         assert counter == {"a": 2, "b": 1} and generated != ["a", "b"]
         assert list(generated) == ["a", "b"] and list(keys) == [1]"""
