@@ -243,8 +243,6 @@ class Ended(BaseException):
 
 def run_tests(program: dict, requests: int, replies: int, report: int):
     """Run helpers and tests with stand-ins for the answer's names, and report a word."""
-    if LINUX:
-        call("prctl", DUMPABLE, 0, 0, 0, 0)                 # no other process reads its memory
     source = open(replies, encoding="utf-8")
 
     def reply():
@@ -325,6 +323,8 @@ def keep(containment: str, cpu: int, wall: float) -> str:
     if containment == "namespaces":
         enter_namespaces()
         hide_files(os.getcwd())
+    if LINUX:                     # before the children fork: no other process reads their memory
+        call("prctl", DUMPABLE, 0, 0, 0, 0)
     end_with_parent(1)
     keeper = os.getpid()
 

@@ -456,6 +456,14 @@ def test_the_tests_may_set_up_objects_of_the_answers_classes():
         assert grade.run_program(wrong) == (False, "failed")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a flag of Linux")
+def test_no_process_of_a_program_can_be_read_from_its_first_moment_on():
+    answer = "import ctypes\ndef dumpable(): return ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)"
+    program = {"answer": answer, "helpers": "", "tests": "assert dumpable() == 0",
+               "names": ["dumpable"]}
+    assert grade.run_contained(program, "limits", 10) == "passed"
+
+
 def test_values_of_every_plain_kind_come_back_as_they_are_and_objects_can_be_handed_back():
     answer = """
         import collections
