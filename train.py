@@ -21,7 +21,6 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -609,9 +608,8 @@ def main():
     parser = cli.Parser(description="Language Self-Play, LSP-Zero, GRPO and RLPT on one Llama.")
     cli.add_flags(parser, Settings)
     given = vars(parser.parse_args())
-    with redirect_stdout(cli.Unfailing(sys.stdout)):
-        s, preset = resolve(given)
-        train(s, preset, preset | given)
+    s, preset = resolve(given)
+    train(s, preset, preset | given)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ Exit codes: 0 done; 2 bad input, nothing touched; 3 the run stopped itself (disk
 memory, too many bad steps in a row); 128 + n stopped by signal n (SIGINT 130, SIGTERM 143).
 """
 import argparse
-import os
+import io
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,29 +28,24 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the flags)")
 
 
-class Unfailing:
-    """A stream for printing that never ends a run: once it cannot be written (a full disk, a reader
-    such as `| head` that has left), what is printed goes nowhere."""
+class Output(io.FileIO):
+    """A standard stream that drops what it cannot write: its disk is full, or its reader has ended
+    (`| head`). So printing never ends a run."""
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        return len(text)
-
-    def flush(self):
-        """write() has done it."""
+    def write(self, data) -> int:
+        with suppress(OSError):
+            return super().write(data) or len(data)            # None: a pipe that would block
+        return len(data)
 
 
 def run_script(main):
     """Call main(); bad input and a stopped run end in one line on standard error and their code."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")       # an emoji on a latin-1 terminal
+    for name in ("stdout", "stderr"):
+        old = getattr(sys, name)
+        if old and old is getattr(sys, f"__{name}__"):          # neither closed nor redirected
+            setattr(sys, name, io.TextIOWrapper(                # unbuffered: the order is kept
+                Output(old.fileno(), "w", closefd=False), old.encoding,
+                "backslashreplace", write_through=True))        # an emoji on a latin-1 terminal
     try:
         main()
     except (InputError, RunStopped) as error:
@@ -57,9 +53,6 @@ def run_script(main):
         sys.exit(2 if isinstance(error, InputError) else error.code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:                    # whoever read our output, as `| head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 def add_flags(parser: Parser, settings_class):
