@@ -32,7 +32,7 @@ from plumbing.runs import append_line  # noqa: E402
 
 
 def known(name: str) -> dict:
-    """A shape of shapes/; what is not its geometry is said by config_of."""
+    """A shape of plumbing/shapes/; what is not its geometry is said by config_of."""
     raw = read_json(ROOT / "plumbing/shapes" / name / "config.json")
     return {key: value for key, value in raw.items() if key not in ("architectures", "dtype")}
 

@@ -37,7 +37,7 @@ def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[
         return [{"query": q, "gold": str(sum(tiny_world.parse_query(q))),
                  "subset": tiny_world.classify(q), "problem": None} for q in queries], None
     if path is None:
-        raise InputError(f"{name} needs --prompts FILE (MANUAL.md says where it comes from)")
+        raise InputError(f"{name} needs --prompts FILE (docs/MANUAL.md says where it comes from)")
     bare = name == "alpaca_eval"
     prompt = "{problem}" if bare else read_prompt(HERE / "prompts" / f"{name}.txt")
     problems = []

@@ -100,7 +100,7 @@ def find_model(name: str, *, weights: bool = True) -> Path:
 
     Only configuration, tokenizer, prompts and *.safetensors are fetched; weights=False:
     config.json, preset and prompts alone, for what a budget needs, and not even these where
-    shapes/ knows the name. InputError: gated, no network, unknown.
+    plumbing/shapes/ knows the name. InputError: gated, no network, unknown.
     """
     if not weights and name in NAMES and (HERE / "plumbing/shapes" / name).is_dir():
         return HERE / "plumbing/shapes" / name
