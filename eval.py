@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import rewards
 from evals import benchmarks, grade, judges, plot, results
+from evals.page import page
 from model import load_model
 from plumbing.chat import Tokenizer
 from plumbing.cli import Parser, run_script
@@ -240,6 +241,15 @@ def benchmark(args):
     results.show(figures, values, [record["subset"] for record in records], measure)
 
 
+def show(args):
+    """Write the page; during a run the same command can be repeated."""
+    if len(args.runs) > 2:
+        raise InputError("show takes one run folder, or two")
+    text = page([Path(run) for run in args.runs])
+    Path(args.out).write_text(text, encoding="utf-8")
+    print(f"{args.out}: {len(text.encode()) / 1e6:.1f} MB; open it in a browser")
+
+
 # ---------------------------------------------------------------- command line
 
 def make_parser() -> Parser:
@@ -281,6 +291,10 @@ def make_parser() -> Parser:
     three.add_argument("--concurrency", type=int, default=4, help="questions at a time, to a URL")
     three.add_argument("--batch", type=int, default=16, help="pairs judged together")
     three.set_defaults(run=winrate)
+    seven = commands.add_parser("show", help="a page to watch the games of one run or two")
+    seven.add_argument("runs", nargs="+", help="one run folder, or two to stand side by side")
+    seven.add_argument("--out", default="game.html", help="the page: one file without a network")
+    seven.set_defaults(run=show)
     six = commands.add_parser("reference", help="run HumanEval's or MBPP's reference solutions")
     six.add_argument("file", help="the data set, a JSON list or JSON lines")
     six.set_defaults(run=lambda args: grade.run_references(args.file))
