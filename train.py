@@ -58,6 +58,8 @@ from plumbing.texts import Texts
 from sample import Completion, pick, sample, take_batch, text_of
 from tiny import world as tiny_world
 
+rewards.CHECKS["tiny"] = tiny_world.reward         # the embedded sums check themselves
+
 # Shapes: N queries, G answers a query, B rows of a micro-batch, T tokens of its longest completion,
 # M tokens of all its completions laid end to end, D hidden size.
 

@@ -9,8 +9,6 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import lsp
-import rewards
 from plumbing.chat import SURROGATE
 from plumbing.files import (
     NAMES,
@@ -21,7 +19,12 @@ from plumbing.files import (
     prompt_file,
     read_json,
 )
-from tiny.world import MIXES, STORIES
+
+# What the method's files offer, by name (tests/test_house.py holds the two sides together).
+KL_ESTIMATORS = ("k2", "k2-seq", "k3", "paper")              # lsp.py
+READINGS = ("generate", "expected")                          # of a judge: rewards.py
+CHECKS, NEED_GOLD = ("exact", "math", "tiny"), ("exact", "math")
+MIXES, STORIES = ("easy", "balanced"), "stories"             # of the embedded worlds
 
 
 def setting(default, help, least=None, most=10**9, choices=None):
@@ -43,7 +46,7 @@ class Settings:
                                 "(default: the reference)")
     self_reward: str | None = setting(None, "how the judge is read: generate (it writes, we parse; "
                                       "the paper's, and lsp's default) or expected (expectation "
-                                      "over the score's token)", choices=rewards.READINGS)
+                                      "over the score's token)", choices=READINGS)
     judge_temperature: float = setting(0.0, "0: greedy, so that one pair has one score", 0)
     date_string: str = setting("26 Jul 2024", "today in Llama 3's chat template, which should not "
                                "change while a model learns")
@@ -66,7 +69,7 @@ class Settings:
                                   "earn the reward", 0, 100)
     verdict: str | None = setting(None, "rlpt: how the judge is read: generate (the paper's, and "
                                   "the default) or expected (the probability of a 1)",
-                                  choices=rewards.READINGS)
+                                  choices=READINGS)
     strict: bool = setting(False, "rlpt: right is the content of just one sentence (the paper's "
                            "earlier rule)")
 
@@ -74,7 +77,7 @@ class Settings:
     answers: int = setting(8, "G, answers a query (the paper does not say)", 2, 10**5)
     steps: int = setting(500, "iterations, one gradient step each", 1, 10**7)
     beta: float = setting(0.05, "weight of the KL term; 0: no reference model", 0)
-    kl: str = setting("k2", "KL estimator, see lsp.py", choices=lsp.KL_ESTIMATORS)
+    kl: str = setting("k2", "KL estimator, see lsp.py", choices=KL_ESTIMATORS)
     alpha_ch: float = setting(1.0, "weight of the Challenger's loss (the paper does not say)", 0)
     temperature: float = setting(1.0, "of queries and answers, in sampling and log-probs alike",
                                  0.001, 1000)
@@ -216,7 +219,7 @@ def read_preset(file: Path) -> dict:
         number = f.type in (int, float)
         if f.name in preset and not number and not f.metadata["choices"] and (
                 f.name not in STRANGERS_MAY_SET
-                or f.name == "reward" and value not in (*rewards.CHECKS, *NAMES)
+                or f.name == "reward" and value not in (*CHECKS, *NAMES)
                 or f.name == "text" and value != STORIES):
             raise InputError(f"{file}: {f.name} can be set on the command line alone")
         if f.name in preset:
@@ -296,7 +299,7 @@ def check(s: Settings):
     if s.algo in CHALLENGED and s.queries < 2:
         raise InputError(f"--queries {s.queries}: the Challenger's advantage compares queries: "
                          "at least 2")
-    if s.algo in CHALLENGED and s.reward in rewards.NEED_GOLD:
+    if s.algo in CHALLENGED and s.reward in NEED_GOLD:
         raise InputError(f"--reward {s.reward} needs gold answers, which a Challenger's query "
                          "lacks: --algo grpo")
     if s.algo != "lsp" and s.self_reward:
