@@ -62,7 +62,7 @@ def main():
             continue
         minutes, title = re.match(r'"""Exercise \d+, (\d+) minutes: (.*)\.\n',
                                   file.read_text(encoding="utf-8")).groups()
-        print(f"{number:2}  {title}  ({minutes} minutes)  exercises/{file.name}", flush=True)
+        print(f"{number:2}  {title}  ({minutes} minutes)  course/exercises/{file.name}", flush=True)
         if args.list:
             continue
         begun = time.perf_counter()
