@@ -16,6 +16,7 @@ Shapes: M pairs of texts, N queries, G answers a query, S possible scores, D hid
 import logging
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -308,7 +309,7 @@ NUMBER = re.compile(r"(?<![0-9A-Za-z)])-\$?(?=[.]?[0-9])"
                     r"|[0-9]++(?:\.[0-9]+)?|\.[0-9]+")
 
 
-def numbers(text: str) -> Iterator[Decimal]:
+def numbers(text: str) -> Iterator[str]:
     """The numbers of a text as GSM8K writes them ($1,234.50, -3, 42., \\boxed{7}), in order."""
     minus = None
     # LaTeX's thousands comma, the minus sign.
@@ -316,7 +317,7 @@ def numbers(text: str) -> Iterator[Decimal]:
         if match[0][0] == "-":             # a match of its own, and the number follows at once
             minus = match.end()
             continue
-        yield Decimal("-" * (minus == match.start()) + match[0].replace(",", ""))
+        yield "-" * (minus == match.start()) + match[0]
 
 
 def final_number(text: str) -> Decimal | None:
@@ -324,10 +325,9 @@ def final_number(text: str) -> Decimal | None:
     which is GSM8K's own rule, whatever comes after it; without that marker the last one in the last
     \\boxed{}, else the last one of the text."""
     _, marker, answer = text.partition("####")
-    if marker:
-        return next(numbers(answer), None)
-    held = list(numbers(boxed(text) or "")) or list(numbers(text))
-    return held[-1] if held else None
+    last = lambda text: next(iter(deque(numbers(text), maxlen=1)), None)
+    found = next(numbers(answer), None) if marker else last(boxed(text) or "") or last(text)
+    return None if found is None else Decimal(found.replace(",", ""))
 
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{)?|\\.|[{}]", re.DOTALL)
