@@ -21,18 +21,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECOND = ["--judge", "tiny", "--steps", "50", "--warmup", "10"]      # of the second stages
+SECOND = ["--steps", "50", "--warmup", "10"]                          # of the second stages
 GRPO_EASY = ["--algo", "grpo", "--prompts", "easy"]
 # name: (first stage that it starts from, flags)
 RUNS = {
     "lsp": (None, []),
     "lsp-zero": (None, ["--algo", "lsp-zero"]),
+    "lsp-untrained-challenger": (None, ["--alpha-ch", "0"]),
     "grpo-easy": (None, GRPO_EASY),
     "grpo-balanced": (None, ["--algo", "grpo", "--prompts", "balanced"]),
-    "grpo-easy-then-lsp": ("grpo-easy", SECOND),
-    "grpo-easy-then-grpo-easy": ("grpo-easy", [*GRPO_EASY, *SECOND[2:]]),
-    "lsp-then-grpo-easy": ("lsp", [*GRPO_EASY, *SECOND[2:]]),
-    "lsp-then-lsp": ("lsp", SECOND),
+    "grpo-easy-then-lsp": ("grpo-easy", ["--judge", "tiny", *SECOND]),
+    "grpo-easy-then-lsp-own-judge": ("grpo-easy", SECOND),        # the judge is the GRPO model
+    "grpo-easy-then-grpo-easy": ("grpo-easy", [*GRPO_EASY, *SECOND]),
+    "lsp-then-grpo-easy": ("lsp", [*GRPO_EASY, *SECOND]),
+    "lsp-then-lsp": ("lsp", ["--judge", "tiny", *SECOND]),
 }
 
 
