@@ -26,7 +26,7 @@ from model import load_model
 from plumbing.chat import Tokenizer
 from plumbing.cli import Parser, run_script
 from plumbing.config import parse_config
-from plumbing.data import EVALUATE, generator
+from plumbing.data import generator
 from plumbing.files import (
     HERE,
     InputError,
@@ -72,7 +72,7 @@ def answer(args, queries: list[str], done: set[int], samples: int = 1):
         raise InputError(f"the longest prompt has {longest} tokens: with {args.max_new_tokens} new "
                          f"ones it does not fit into the model's context of {context}")
     seeds = torch.randint(2**63 - 1, (len(queries), samples),
-                          generator=generator(args.seed, 0, EVALUATE)).tolist()
+                          generator=generator(args.seed, 0, "evaluate")).tolist()
     with tqdm(total=len(queries), initial=len(done), desc="answering") as bar:
         for start in range(0, len(left), args.batch):
             some = {i: prompts[i] for i in left[start:start + args.batch]}

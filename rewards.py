@@ -1,11 +1,11 @@
 """Rewards: a reward model, a judge (two readings, two parsers), and verifiable rewards.
 
     R = RewardModel(find_model("skywork-v2-3b"))(queries, answers)           # (len,) fp32
-    scores, records = self_reward(judge, tokenizer, queries, answers,
-                                  prompt=read_prompt("prompts/self_reward.txt"))
+    judge = Judge(model, tokenizer, read_prompt("prompts/self_reward.txt"), SELF_REWARD)
+    scores, records = judge(queries, answers)                                # (len,) 0..7
     score, reason = parse_self_reward("... <Score>4</Score>")                # (4, None)
-    scores, records = verdicts(judge, tokenizer, references, predictions,
-                               prompt=read_prompt("prompts/verdict.txt"))
+    verdict = Judge(model, tokenizer, read_prompt("prompts/verdict.txt"), VERDICT)
+    scores, records = verdict(references, predictions)                       # (len,) 0 or 1
 
 Any reward is a function (queries, answers, golds) -> (len,) fp32: yours fits in ten lines.
 The self-reward is arXiv 2509.07414's R_Q, 0..7, given by the frozen reference model as a judge.
@@ -13,25 +13,26 @@ Left open there and decided here: an unparsed score takes the mean of its query'
 (fill_unparsed). The verdict is arXiv 2509.19249's, 0 or 1: is a prediction right (rlpt.py)?
 Shapes: M pairs of texts, N queries, G answers a query, S possible scores, D hidden size.
 """
-import logging
+import math
 import re
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 from os.path import commonprefix
 
 import torch
 from torch import Tensor
 
-from model import Llama, load_model
+from model import Llama, load_model, read_config
+from plumbing.batches import take_batch
 from plumbing.cache import shared_forward
 from plumbing.chat import Tokenizer, fill, fit, without_tags
 from plumbing.cli import RunStopped
-from plumbing.files import InputError
-from sample import sample, take_batch, text_of
+from plumbing.data import opening
+from plumbing.files import InputError, read_prompt
+from plumbing.latex import math_verify, same_value
+from sample import sample, text_of
 
 READINGS = ("generate", "expected")
 REASONS = ("no_tag", "unclosed", "not_last", "not_a_score", "out_of_range", "conflict",
@@ -130,68 +131,100 @@ def score(reward, queries: list[str], answers: list[str], golds: list, stopped: 
 @dataclass(frozen=True)
 class Scale:
     """What a judge is asked for: the two texts that its prompt shows, how its score begins (with a
-    place for the nonce), the highest one (the lowest is 0), and who reads it."""
+    place for the nonce), the highest score (the lowest is 0), and the parser of its reply."""
     places: tuple[str, str]
     opening: str
     highest: int
     parse: Callable[..., tuple[int | None, str | None]]
 
 
-def ask_judge(judge: Llama, tokenizer: Tokenizer, firsts: list[str], seconds: list[str], *,
-              scale: Scale, prompt: str, reading: str = "generate", temperature: float = 0.0,
-              max_new_tokens: int = 256, seeds: list[int] | None = None,
-              batch_tokens: int = 65536, nonce: str = "") -> tuple[Tensor, list[dict]]:
-    """The judge's score of each pair of texts: (M,) fp32, NaN where unread,
-    and a record a pair for the logs. self_reward() and verdicts() are this with their own scale.
+@dataclass
+class Judge:
+    """A frozen model that scores pairs of texts on a scale: SELF_REWARD or VERDICT, below.
 
-    prompt: the judge's instructions, with the scale's two places to fill, and perhaps {nonce}: a
-    number of this step that no text can know, which the tags of the reply then carry (<Score-7>).
-    Texts are shown without the judge's own tags (chat.without_tags); tags: whether there were some.
-    generate: the judge writes, the scale's parser reads what ended by itself;
-    record: judgement (text), reason (None or why unread).
-    expected: the judge's turn is started with the scale's opening and the score is the expectation
-    over the next token among the scores, renormalised: one forward pass, nothing to parse; record:
-    mass, the probability that these had. Below .5 the judge wanted to say something else. A score
-    that is not finite is unread, for the reason not_finite.
-    A pair that the judge's context does not hold is judged without the end of its second text
-    (chat.fit); both records say so: shortened. Both name the tokens read and written: judge_tokens.
+    prompt: its instructions, with the scale's two places to fill, and perhaps {nonce}: a number of
+    this step that no text can know, which the tags of the reply then carry (<Score-7>).
+    reading generate: the judge writes, and the scale's parser reads what ended by itself.
+    reading expected: the judge's turn is started with the scale's opening. The score is the
+    expectation over the next token among the scores, renormalised: one forward pass, no parsing.
     """
-    prompt, nonce = fill(prompt, nonce=nonce), f"-{nonce}" if "{nonce}" in prompt else ""
-    spelt = [tokenizer.encode(scale.opening.format(nonce) + str(k))
-             for k in range(scale.highest + 1)]
-    start = commonprefix(spelt)
-    room = judge.config.max_position_embeddings - (
-        len(start) if reading == "expected" else max_new_tokens)
-    shown = lambda *pair: fill(prompt, **{
-        place: without_tags(text, prompt) for place, text in zip(scale.places, pair)})
-    tags = [any(without_tags(text, prompt) != text for text in pair)
-            for pair in zip(firsts, seconds)]
-    turn = lambda *pair: [{"role": "user", "content": shown(*pair)}]
-    fitted = fit(tokenizer, list(zip(firsts, seconds)), turn, room)
-    prompts, shortened = [ids for ids, _, _ in fitted], [cut for _, _, cut in fitted]
-    if reading == "expected":
-        if any(len(ids) != len(start) + 1 for ids in spelt):
-            raise InputError(f"{tokenizer.path}: the reading expected needs a tokenizer with one "
-                             f"token for each of the digits 0..{scale.highest}")
-        hidden = last_hidden(judge, [p + start for p in prompts], firsts, min(16384, batch_tokens))
-        with torch.no_grad():
-            p = judge.logits(hidden).softmax(-1)[:, [ids[-1] for ids in spelt]].cpu()   # (M, S)
-        mass = p.sum(-1)                                                     # (M,)
-        scores = (p * torch.arange(len(spelt)).float()).sum(-1) / mass               # (M,)
-        return scores, [{"mass": m, "shortened": cut, "tags": held, "judge_tokens": [len(ids), 0]}
-                        | ({"reason": "not_finite"} if unread else {})
-                        for m, ids, cut, held, unread in zip(mass.tolist(), prompts, shortened,
-                                                             tags, scores.isnan().tolist())]
-    written = sample(judge, prompts, max_new_tokens=max_new_tokens, temperature=temperature,
-                     stop_ids=tokenizer.stop_ids, seeds=seeds, batch_tokens=batch_tokens)
-    scores, records = [], []
-    for (judgement,), ids, cut, held in zip(written, prompts, shortened, tags):
-        text = text_of(tokenizer, judgement)
-        score, reason = scale.parse(text, stopped=judgement.stopped, nonce=nonce)
-        scores.append(float("nan") if score is None else score)
-        records.append({"judgement": text, "reason": reason, "shortened": cut, "tags": held,
-                        "judge_tokens": [len(ids), len(judgement.tokens)]})
-    return torch.tensor(scores, dtype=torch.float32), records
+    model: Llama
+    tokenizer: Tokenizer
+    prompt: str
+    scale: Scale
+    reading: str = "generate"
+    temperature: float = 0.0
+    max_new_tokens: int = 256
+    batch_tokens: int = 65536
+
+    def __call__(self, firsts: list[str], seconds: list[str], *, seeds: list[int] | None = None,
+                 nonce: str = "") -> tuple[Tensor, list[dict]]:
+        """(M,) fp32 scores of M pairs, NaN where unparsed, and a record of each for the logs.
+
+        seeds: a random stream for each pair, where the judge samples; equal pairs with equal
+        streams (or none) are judged once. Texts are shown without the judge's
+        own tags (chat.without_tags). A pair that the context does not hold loses the end of its
+        second text (chat.fit). Records: shortened and tags say whether these two happened;
+        judge_tokens counts the tokens read and written; generate adds judgement (the reply) and
+        reason (None, or why it is unparsed); expected adds mass, the probability of all scores
+        together (below .5 the judge wanted to say something else).
+        """
+        if not firsts:
+            return torch.zeros(0), []
+        asked = list(zip(firsts, seconds, seeds or [None] * len(firsts)))
+        distinct = {key: i for i, key in enumerate(dict.fromkeys(asked))}
+        prompt, tag = fill(self.prompt, nonce=nonce), f"-{nonce}" * ("{nonce}" in self.prompt)
+        turn = lambda *texts: [{"role": "user", "content": fill(
+            prompt, **dict(zip(self.scale.places, texts)))}]
+        shown = [[without_tags(text, prompt) for text in key[:2]] for key in distinct]
+        context = self.model.config.max_position_embeddings
+        fitted = fit(self.tokenizer, shown, turn, context - self.max_new_tokens)
+        read = self.expected if self.reading == "expected" else self.generate
+        scores, records = read([ids for ids, _, _ in fitted], list(distinct), tag)
+        for record, key, texts, (_, _, cut) in zip(records, distinct, shown, fitted):
+            record |= {"shortened": cut, "tags": texts != list(key[:2])}
+        at = [distinct[key] for key in asked]
+        return torch.tensor(scores)[at], [records[i] for i in at]
+
+    def generate(self, prompts: list, keys: list, tag: str) -> tuple[list[float], list[dict]]:
+        seeds = [seed for _, _, seed in keys] if keys[0][2] is not None else None
+        written = sample(self.model, prompts, max_new_tokens=self.max_new_tokens,
+                         temperature=self.temperature, stop_ids=self.tokenizer.stop_ids,
+                         seeds=seeds, batch_tokens=self.batch_tokens)
+        scores, records = [], []
+        for ids, (reply,) in zip(prompts, written):
+            text = text_of(self.tokenizer, reply)
+            score, reason = self.scale.parse(text, stopped=reply.stopped, nonce=tag)
+            scores.append(float("nan") if score is None else float(score))
+            records.append({"judgement": text, "reason": reason,
+                            "judge_tokens": [len(ids), len(reply.tokens)]})
+        return scores, records
+
+    @torch.no_grad()
+    def expected(self, prompts: list, keys: list, tag: str) -> tuple[list[float], list[dict]]:
+        opening = self.scale.opening.format(tag)
+        ids = [self.tokenizer.encode(opening + str(k)) for k in range(self.scale.highest + 1)]
+        start = commonprefix(ids)
+        if any(len(one) != len(start) + 1 for one in ids):
+            raise InputError(f"{self.tokenizer.path}: the reading expected needs a tokenizer with "
+                             f"one token for each of the digits 0..{self.scale.highest}")
+        hidden = last_hidden(self.model, [p + start for p in prompts],
+                             [first for first, _, _ in keys], min(16384, self.batch_tokens))
+        p = self.model.logits(hidden).softmax(-1)[:, [one[-1] for one in ids]].cpu()    # (M, S)
+        mass = p.sum(-1)                                                                # (M,)
+        scores = ((p * torch.arange(len(ids)).float()).sum(-1) / mass).tolist()         # (M,)
+        reasons = [{"reason": "not_finite"} if math.isnan(score) else {} for score in scores]
+        return scores, [{"mass": m, "judge_tokens": [len(ids), 0]} | reason
+                        for m, ids, reason in zip(mass.tolist(), prompts, reasons)]
+
+
+def open_judge(path, file, scale: Scale, **how) -> Judge:
+    """A Judge whose model is still to be loaded; InputError where its prompt file lacks a place, or
+    does not fit into the context of the model at `path`. how: the fields of Judge behind scale."""
+    judge = Judge(None, Tokenizer(path), read_prompt(file, scale.places), scale, **how)
+    opening(judge.tokenizer, file, judge.max_new_tokens, read_config(path).max_position_embeddings,
+            **dict.fromkeys(scale.places, ""))
+    return judge
 
 
 def fill_unparsed(scores: Tensor) -> Tensor:
@@ -297,8 +330,6 @@ def parse_verdict(text: str, *, stopped: bool = True,
 
 SELF_REWARD = Scale(("instruction", "response"), "<Score{}>", 7, parse_self_reward)
 VERDICT = Scale(("reference", "prediction"), "Score{}: ", 1, parse_verdict)
-self_reward = partial(ask_judge, scale=SELF_REWARD)        # R_Q of (queries, answers)
-verdicts = partial(ask_judge, scale=VERDICT)               # of (references, predictions)
 
 
 # ---------------------------------------------------------------- verifiable rewards
@@ -346,49 +377,6 @@ def boxed(text: str) -> str | None:
         elif match[0][1:4] in ("box", "fbo") and (word := re.match(r"\S+", text[match.end():])):
             last = max(last, (match.end(), match.end() + word.end()))
     return text[last[0]:last[1]].strip() if last[0] >= 0 else None
-
-
-# Spellings that math-verify reads as another value, or not at all, and what it reads.
-SPELLINGS = [(re.compile(wrong), right) for wrong, right in (
-    (r"\\(?:mathrm|mathit|operatorname|text\w*)\s*\{\s*([a-z])\s*\}", r" \1"),   # \mathrm{i}
-    (r"(?<=\d)\s+(?=[ei]\b)", ""),                                               # 3 i
-    (r"\\\\\s*\[[^]\d]*[\d.]+\s*[a-z]{2}\]", r"\\\\"),                           # \\[4pt]
-    (r"(?<=\d)(?:\{,\}|,?\\!,?\s*)(?=\d{3}(?!\d))", ""),                         # 30{,}000
-    (r"(?<![\d.,])(\d+)\s+(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),              # 4 1/2
-    (r"\\(?:boldsymbol|bm)\b", ""),
-    ("\u221a" r"\s*(\d+|[a-z])", r"\\sqrt{\1}"),                                 # a root sign
-    (r"\.(\s*\}?)\s*$", r"\1"),                                                  # circle.
-    (r"(?<=\d)\s*(?:in|ft|yd|cm|mm)\s*(?:\^\{?[23]\}?|" "[\u00b2\u00b3])$", ""))]    # 24 in^2
-# Words that change a number; math-verify drops what stands in \text{}.
-WORDS = re.compile(r"\d|\b(?:hundred|thousand|million|billion|trillion|dozen|half|halves)\b")
-TEXT = re.compile(r"\\(?:mathrm|mathit|operatorname|text\w*|mbox)\s*\{([^{}]*)\}")
-
-
-def math_verify():
-    """The optional package that compares MATH answers; InputError where it is absent."""
-    try:
-        import math_verify
-    except ImportError:
-        raise InputError("MATH answers are compared by math-verify: pip install "
-                         "'math-verify[antlr4_13_2]'") from None
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    return math_verify
-
-
-def same_value(answer: str, gold: str) -> bool:
-    """Whether two MATH answers, as LaTeX without dollars, have the same value: math-verify's word.
-
-    Its limit of time is an alarm, which only a main thread can set: elsewhere there is none.
-    """
-    compare, texts = math_verify(), [gold, answer]
-    words = [[WORDS.findall(inside) for inside in TEXT.findall(text)] for text in texts]
-    if max(map(len, texts)) > 300 or [*filter(None, words[0])] != [*filter(None, words[1])]:
-        return False                            # work without end; or 3 and 3 million
-    for wrong, right in SPELLINGS:
-        texts = [wrong.sub(right, text) for text in texts]
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    values = [compare.parse(f"\\boxed{{{text}}}", parsing_timeout=seconds) for text in texts]
-    return bool(all(values)) and bool(compare.verify(*values, timeout_seconds=seconds))
 
 
 def exact(queries: list[str], answers: list[str], golds: list[str]) -> Tensor:

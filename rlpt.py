@@ -7,26 +7,22 @@
 
 ASR: predict segment s_i from all before it. MSR: predict the masked s_i from those and from s_i+1.
 A judge says whether the prediction is, in meaning, how the reference s_i s_i+1 ... begins: reward 1
-or 0 (Verdict). All else is GRPO as train.py plays it on given prompts.
+or 0 (verdicts). All else is GRPO as train.py plays it on given prompts.
 Departures: a prediction has at least one whole sentence, since any shorter beginning would be right
 too (--min-prediction 0 opens the hole), and so has a target; a text of more than 64 KB is read as
 passages of 32 KB or more, each with a beginning of its own (texts.py).
 """
 import re
 import zlib
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import rewards
-from model import Llama
-from plumbing.chat import Tokenizer, fill
-from plumbing.data import EPISODE, draw, generator
+from plumbing.chat import fill
+from plumbing.data import draw, generator
 from plumbing.files import InputError, prompt_file, read_prompt
 from plumbing.texts import LONGEST, Texts, is_whole, segments
 
@@ -45,13 +41,10 @@ class Episode(NamedTuple):
     shortened: bool         # its context lost its beginning
 
 
-def open_texts(game, start: Path, context: int):
+def open_texts(game, start: Path):
     """A run's texts and prompts, into its game. Prompts that the starting model's directory brings
     go before ours. One trial draw, so that an error comes before the weights are loaded."""
     s = game.settings
-    if s.query_tokens + s.answer_tokens > context:
-        raise InputError(f"--query-tokens {s.query_tokens} and --answer-tokens {s.answer_tokens}: "
-                         f"the model's context holds {context} in all")
     if game.world:
         game.texts = game.world.Stories(held=False)
     else:
@@ -68,7 +61,7 @@ def draw_episodes(game, step: int) -> list[Episode]:
     Each passage comes once an epoch, and the segment to predict is any of those that it offers.
     One that offers none (or whose context does not fit) is replaced by another passage.
     """
-    s, random = game.settings, generator(game.settings.seed, step, EPISODE)
+    s, random = game.settings, generator(game.settings.seed, step, "episode")
     uniform = lambda: torch.rand((), generator=random, dtype=torch.float64).item()
     episodes = []
     for number in draw(range(len(game.texts)), s.queries, s.seed, step):
@@ -148,52 +141,28 @@ def extract(answer: str, min_prediction: int = 1, least: int = 0) -> tuple[str |
     return (found[0], None) if whole >= min_prediction else (None, "short")
 
 
-@dataclass
-class Verdict:
-    """The reward of an episode's answer: 1 if the judge finds its prediction right (with the
-    reading expected, the probability that it does), 0 if not, or if one of them cannot be read.
+def verdicts(game, golds: list[str], answers: list[str], nonce: str) -> tuple[Tensor, list[dict]]:
+    """The rewards of M answers to episodes, (M,) fp32, and a record of each.
 
-    records: one for each answer of the last call. Answers with the same prediction have the same
-    verdict, also where the judge samples.
+    1 if the judge finds the answer's prediction right (with the reading expected: the probability
+    that it does); 0 if not, or if prediction or verdict cannot be parsed. golds: the references.
+    Where the embedded world gives the reward, it decides, and no model is asked. The random stream
+    of a judge that samples depends on the pair, so equal predictions have equal verdicts.
     """
-    model: Llama                            # the judge
-    tokenizer: Tokenizer
-    prompt: str                             # with {reference} and {prediction} to fill
-    reading: str = "generate"
-    temperature: float = 0.0
-    max_new_tokens: int = 16
-    batch_tokens: int = 65536
-    min_prediction: int = 1
-    least: int = 0
-    world: ModuleType | None = None         # knows what is right itself: nobody is asked
-    seed: int = 0                           # of a judge that samples
-    nonce: str = ""
-    records: list[dict] = ()
-    shortened: int = 0
-
-    def __call__(self, queries: list[str], answers: list[str], golds: list[str]) -> Tensor:
-        """(M,) fp32; golds are the references."""
-        extracted = [extract(a, self.min_prediction, self.least) for a in answers]
-        pairs = [(gold, p) for gold, (p, _) in zip(golds, extracted) if p is not None]
-        number = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-        scores, judged = torch.zeros(0), []
-        if number and self.world:
-            scores = torch.tensor([float(self.world.verdict(*pair)) for pair in number])
-            judged = [{"shortened": False} for _ in number]
-        elif number:
-            scores, judged = rewards.verdicts(
-                self.model, self.tokenizer, *map(list, zip(*number)), prompt=self.prompt,
-                reading=self.reading, temperature=self.temperature,
-                max_new_tokens=self.max_new_tokens, seeds=[
-                    zlib.crc32(repr((self.seed, *pair)).encode()) for pair in number],
-                batch_tokens=self.batch_tokens, nonce=self.nonce)
-        self.shortened = sum(record["shortened"] for record in judged)
-        R, self.records = torch.zeros(len(answers)), []
-        for m, (gold, (prediction, failure)) in enumerate(zip(golds, extracted)):
-            record = {"prediction": prediction, "failure": failure}
-            if prediction is not None:
-                i = number[gold, prediction]
-                R[m] = scores[i].nan_to_num(0.0)
-                record |= judged[i] | {"whole": is_whole(prediction)}
-            self.records.append(record)
-        return R
+    s = game.settings
+    extracted = [extract(answer, s.min_prediction, s.min_segment) for answer in answers]
+    at = [m for m, (prediction, _) in enumerate(extracted) if prediction is not None]
+    pairs = [(golds[m], extracted[m][0]) for m in at]
+    if game.judge:
+        streams = [zlib.crc32(repr((s.seed, *pair)).encode()) for pair in pairs]
+        scores, judged = game.judge([gold for gold, _ in pairs], [said for _, said in pairs],
+                                    seeds=streams if s.judge_temperature else None, nonce=nonce)
+    else:
+        scores = torch.tensor([float(game.world.verdict(*pair)) for pair in pairs])
+        judged = [{"shortened": False} for _ in pairs]
+    R = torch.zeros(len(answers))
+    R[at] = scores.nan_to_num(0.0)
+    records = [{"prediction": prediction, "failure": failure} for prediction, failure in extracted]
+    for m, record in zip(at, judged):
+        records[m] |= record | {"whole": is_whole(extracted[m][0])}
+    return R, records

@@ -13,7 +13,6 @@ Shapes: B rows (one per completion) still in the batch, V vocabulary, b tokens o
 """
 import math
 import warnings
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Llama, load_model
+from plumbing.batches import take_batch
 from plumbing.cache import Cache, prefill
 from plumbing.chat import Tokenizer, fill
 from plumbing.cli import Parser, run_script
@@ -104,15 +104,6 @@ def check_finite(logp: Iterable[float]):
     if any(map(math.isnan, logp)):
         raise InputError("the model's logits are not finite: its weights are broken, or training "
                          "has diverged (a lower --learning-rate may help)")
-
-
-def take_batch(waiting: list, room, budget: int) -> list:
-    """Remove from the head of `waiting` as many rows as the budget holds, at least one, and return
-    them. room(rows): the tokens that rows take up, which further rows never make fewer."""
-    count = bisect_right(range(1, len(waiting) + 1), budget, key=lambda n: room(waiting[:n]))
-    rows = waiting[:max(1, count)]
-    del waiting[:max(1, count)]
-    return rows
 
 
 @torch.inference_mode()

@@ -17,10 +17,9 @@ standard deviation and without clipping: every batch is used once, so a clip cou
 import json
 import math
 import sys
-import textwrap
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,31 +30,22 @@ from torch import Tensor
 import lsp
 import rewards
 import rlpt
-from evals.heldout import evaluate, evaluate_world
+from evals.heldout import is_finite, look
 from model import Llama, Tokenizer, load_model, read_config, save_model
-from plumbing import cli, log, ranks, runs
+from plumbing import cli, files, log, ranks, runs
+from plumbing.batches import micro_batches
 from plumbing.budget import Plan
 from plumbing.cache import pad, shared_forward
-from plumbing.chat import fill, fit
-from plumbing.data import (
-    CHALLENGE,
-    JUDGE,
-    NONCE,
-    SOLVE,
-    check_data,
-    draw,
-    opening,
-    read_data,
-    seeds,
-)
-from plumbing.files import InputError, find_model, pick_device, prompt_file, read_prompt
+from plumbing.chat import fit
+from plumbing.data import check_data, draw, opening, read_data, seeds
+from plumbing.files import InputError, pick_device
 from plumbing.logprobs import log_probs
-from plumbing.memory import MasterAdamW, Stage, rest
+from plumbing.memory import MasterAdamW, Stage, limit_memory, rest
 from plumbing.phases import Phases, StopRequest
 from plumbing.runs import read_lines
-from plumbing.settings import Settings, resolve, run_name
+from plumbing.settings import Settings, model_paths, resolve, run_name
 from plumbing.texts import Texts
-from sample import Completion, pick, sample, take_batch, text_of
+from sample import Completion, pick, sample, text_of
 from tiny import world as tiny_world
 
 rewards.CHECKS["tiny"] = tiny_world.reward         # the embedded sums check themselves
@@ -95,7 +85,7 @@ def ask(game: "Game", step: int, mine: slice) -> Round:
     if game.data:
         queries, golds = map(list, zip(*draw(game.data, s.queries, s.seed, step)[mine]))
         return Round(queries, golds, None, [], {})
-    streams = seeds(s.seed, step, CHALLENGE, s.queries)[mine]
+    streams = seeds(s.seed, step, "challenge", s.queries)[mine]
     with game.phase("challenge", game.policy):
         groups = sample(game.policy, [game.challenger_prompt] * len(streams), seeds=streams,
                         max_new_tokens=s.query_tokens, **game.sampling)
@@ -108,6 +98,7 @@ def play(game: "Game", step: int) -> Round:
     """Algorithm 1 up to the update. What is random in it depends on the seed and the step alone."""
     s, G, context = game.settings, game.settings.answers, game.policy.config.max_position_embeddings
     mine, answered = ranks.slice_of(s.queries), ranks.slice_of(s.queries, G)
+    nonce = str(seeds(s.seed, step, "nonce", 1)[0] % 10**6)    # for a judge's {nonce}
     game.phase.reset()
     r = ask(game, step, mine)
     with game.phase("solve", game.policy):         # a ~ pi_Sol(a|q) = pi(a | q as a user turn)
@@ -116,14 +107,27 @@ def play(game: "Game", step: int) -> Round:
         r.solver_prompts, r.queries = [ids for ids, _, _ in fitted], [q for _, (q,), _ in fitted]
         r.shortened["queries"] = sum(cut for _, _, cut in fitted)
         r.answer_rows = sample(game.policy, r.solver_prompts, num_samples=G,
-                               seeds=seeds(s.seed, step, SOLVE, s.queries * G)[answered],
+                               seeds=seeds(s.seed, step, "solve", s.queries * G)[answered],
                                max_new_tokens=s.answer_tokens, **game.sampling)
         r.answers = [[text_of(game.tokenizer, row) for row in group] for group in r.answer_rows]
-    with game.phase("judge" if s.verdict else "reward", game.scorer):
-        score(game, step, r)                                                             # (n, G)
+    answers = sum(r.answers, [])                                                         # (n*G)
+    queries, golds = ([x for x in column for _ in range(G)] for column in (r.queries, r.golds))
+    if s.algo == "rlpt":
+        with game.phase("judge", game.judge and game.judge.model):
+            R, r.judgements = rlpt.verdicts(game, golds, answers, nonce)                 # (n*G,)
+    else:
+        with game.phase("reward", getattr(game.reward, "model", None)):
+            stopped = torch.tensor([row.stopped for group in r.answer_rows for row in group])
+            R = rewards.score(game.reward, queries, answers, golds, stopped)             # (n*G,)
+            r.shortened["rewarded"] = getattr(game.reward, "shortened", 0)
+    r.R = R.view(-1, G)                                                                  # (n, G)
     if s.self_reward:
-        with game.phase("judge", game.judge):
-            judge(game, step, r, answered)                                               # (n, G)
+        streams = seeds(s.seed, step, "judge", s.queries * G)[answered]
+        with game.phase("judge", game.judge.model):
+            R_Q, r.judgements = game.judge(queries, answers, nonce=nonce,
+                                           seeds=streams if s.judge_temperature else None)
+        r.R_Q = rewards.fill_unparsed(R_Q.view(-1, G))                                   # (n, G)
+    r.shortened["judged"] = sum(judged.get("shortened", False) for judged in r.judgements)
     r = ranks.gather(r)                            # from here on every process knows all N queries
     r.seconds = game.phase.seconds
     r.kept = torch.tensor([not (game.world and game.world.is_held_out(q)) for q in r.queries])
@@ -135,42 +139,6 @@ def play(game: "Game", step: int) -> Round:
         if len(R) > 1:
             r.A_ch[r.kept] = lsp.challenger_advantages(R, R_Q)                           # Eq. 3
     return r
-
-
-def nonce(s: Settings, step: int) -> str:
-    """A number of this step that no text can know, for a judge's prompt with a {nonce}."""
-    return str(seeds(s.seed, step, NONCE, 1)[0] % 10**6)
-
-
-def score(game: "Game", step: int, r: Round):
-    """R(q, a), in rlpt the judge's verdict: R (n, G) and, for a verdict, what was said."""
-    s, G = game.settings, game.settings.answers
-    pairs = [(q, a, gold) for q, group, gold in zip(r.queries, r.answers, r.golds) for a in group]
-    stopped = torch.tensor([row.stopped for group in r.answer_rows for row in group])
-    if s.verdict:
-        game.reward.seed, game.reward.nonce = s.seed, nonce(s, step)
-    r.R = rewards.score(game.reward, *map(list, zip(*pairs)), stopped).view(-1, G)       # (n, G)
-    r.judgements = list(game.reward.records) if s.verdict else []
-    r.shortened["rewarded"] = getattr(game.reward, "shortened", 0)
-
-
-def judge(game: "Game", step: int, r: Round, answered: slice):
-    """The self-reward R_Q(q, a): R_Q (n, G) and what the judge said to each pair. A greedy judge is
-    asked once about equal pairs."""
-    s, G = game.settings, game.settings.answers
-    pairs = [(q, a) for q, group in zip(r.queries, r.answers) for a in group]
-    streams = seeds(s.seed, step, JUDGE, s.queries * G)[answered]
-    sampled = s.judge_temperature > 0 and s.self_reward == "generate"
-    number = dict(enumerate(pairs)) if sampled else dict.fromkeys(pairs)
-    distinct = list(number.values()) if sampled else list(number)
-    at = list(range(len(pairs))) if sampled else [distinct.index(pair) for pair in pairs]
-    scores, records = rewards.self_reward(
-        game.judge, game.judge_tokenizer, *map(list, zip(*distinct)), prompt=game.judge_prompt,
-        reading=s.self_reward, temperature=s.judge_temperature, max_new_tokens=s.judge_tokens,
-        seeds=streams[:len(distinct)], batch_tokens=s.batch_tokens, nonce=nonce(s, step))
-    r.R_Q = rewards.fill_unparsed(scores[at].view(-1, G))                                # (n, G)
-    r.judgements = [records[i] for i in at]
-    r.shortened["judged"] = sum(record["shortened"] for record in records)
 
 
 # ---------------------------------------------------------------- update
@@ -209,34 +177,8 @@ def update(game: "Game", optimizer: MasterAdamW, r: Round, step: int) -> dict:
         ch = accumulate(game, challenger, s.alpha_ch, count)                             # Eq. 5
         sol, ch = ranks.total(sol), ranks.total(ch)
         norm = optimizer.step(rate, s.grad_clip) if count else 0.0
-    loss = sol["loss"] + s.alpha_ch * ch["loss"]
-    faults = [] if math.isfinite(norm) else non_finite(r)
-    mean = lambda key, per, sums: sums[key] / sums[per] if sums[per] else None
-    entropy = lambda sums: -sums["logp"] / sums["tokens"] if sums["tokens"] else None
-    tokens = sol["tokens"] + ch["tokens"]
-    return {
-        "loss": loss if not faults else None,
-        "kl_solver": mean("kl", "sequences", sol) if s.beta else None,
-        "kl_challenger": mean("kl", "sequences", ch) if s.beta else None,
-        "entropy_solver": entropy(sol), "entropy_challenger": entropy(ch),
-        "logp_gap": (sol["gap"] + ch["gap"]) / tokens if tokens else None,
-        "grad_norm": norm, "skipped": bool(faults), "faults": faults, "learning_rate": rate,
-    }
-
-
-def non_finite(r: Round) -> list[dict]:
-    """The samples with a reward or log-prob that is not finite, counted from 1 in the order of
-    samples.jsonl (answer None: the query itself); their sum, where each of them is finite."""
-    faults, finite = [], lambda row: math.isfinite(sum(row.logp))
-    for n in r.kept.nonzero()[:, 0].tolist():
-        if r.query_rows and not finite(r.query_rows[n]):
-            faults.append({"query": n + 1, "answer": None, "what": "log-prob"})
-        for g, (row, reward) in enumerate(zip(r.answer_rows[n], r.R[n].tolist()), 1):
-            if not math.isfinite(reward) or not finite(row):
-                what = "log-prob" if math.isfinite(reward) else "reward"
-                faults.append({"query": n + 1, "answer": g, "what": what})
-    everything = {"query": None, "answer": None, "what": "gradient of all samples together"}
-    return faults or [everything]
+    faults = [] if math.isfinite(norm) else log.non_finite(r)
+    return log.learnt(s, sol, ch, norm, rate, faults)
 
 
 def token_log_probs(model: Llama, rows: list[Row], temperature: float) -> tuple[Tensor, Tensor]:
@@ -254,18 +196,6 @@ def token_log_probs(model: Llama, rows: list[Row], temperature: float) -> tuple[
                      temperature=temperature)                                            # (M,)
     padded = logp.new_zeros(mask.numel()).scatter(0, at, logp).view(mask.shape)          # (B, T)
     return padded, mask.to(hidden.device)
-
-
-def micro_batches(rows: list[Row], tokens: int) -> Iterator[list[Row]]:
-    """The rows in passes of so many padded tokens: distinct prompts, and completions. Completions
-    of like length go together, for little padding; those of one prompt share it."""
-    def padded(rows: list[Row]) -> int:
-        prompts = {tuple(row.prompt) for row in rows}
-        return (len(prompts) * max(map(len, prompts))
-                + len(rows) * max(len(row.completion.tokens) for row in rows))
-    waiting = sorted(rows, key=lambda row: len(row.completion.tokens))
-    while waiting:
-        yield take_batch(waiting, padded, tokens)
 
 
 @torch.no_grad()
@@ -322,32 +252,26 @@ def accumulate(game: "Game", rows: list[Row], weight: float, count: int | None =
 
 @dataclass
 class Game:
-    """What play() and update() need: models, tokenizers, prompts and the reward."""
+    """What play() and update() need: models, tokenizer, prompts and the reward."""
     settings: Settings
     policy: Llama
     tokenizer: Tokenizer
-    reward: object                         # (queries, answers, golds) -> (len,)
-    reference: Llama | None = None         # None where beta is 0 and nobody judges
-    judge: Llama | None = None             # None without self-reward
-    judge_tokenizer: Tokenizer | None = None
-    judge_prompt: str | None = None        # with {instruction} and {response} to fill
-    challenger_prompt: list[int] | None = None    # <cp> as token ids; None with grpo
+    reward: Callable | None = None         # (queries, answers, golds) -> (len,); None in rlpt
+    reference: Llama | None = None         # None where beta is 0 and it does not judge
+    judge: rewards.Judge | None = None     # of the self-reward, or of rlpt's verdict
+    challenger_prompt: list[int] | None = None    # <cp> as token ids; None in grpo and rlpt
     data: list = ()                        # grpo: (query, gold); else empty
     held_out: list = ()                    # those of --eval-prompts
     texts: Texts | None = None             # rlpt: what episodes are made of
     episode_prompts: dict = field(default_factory=dict)    # "asr", "msr": with {context}, {next}
     world: ModuleType | None = None        # the embedded world, where it is played
     sources: dict[str, Path | Texts] = field(default_factory=dict)     # what was read, by flag
+    recent: deque = field(default_factory=deque)           # the queries of the last steps
     phase: Phases = field(default_factory=Phases)
 
     @property
-    def scorer(self) -> Llama | None:
-        """The reward's model, where it has one."""
-        return getattr(self.reward, "model", None)
-
-    @property
     def sampling(self) -> dict:
-        """How both roles speak."""
+        """How both roles sample."""
         return {"temperature": self.settings.temperature, "stop_ids": self.tokenizer.stop_ids,
                 "batch_tokens": self.settings.batch_tokens}
 
@@ -358,110 +282,86 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     checkpoint: the policy of a run that is resumed.
     """
     device, dtype = pick_device(s.device)
-    ranks.check_gpu(device)
-    if ranks.world() > s.queries:
-        raise InputError(f"{ranks.world()} processes and {s.queries} queries a step: each process "
-                         "needs a query, --queries")
-    stories = s.algo == "rlpt" and s.text == tiny_world.STORIES
-    world = tiny_world if s.reward == "tiny" or stories else None
-    if world and device.type == "cpu":
-        torch.set_num_threads(1)           # matrices this small: threads would wait for each other
-    if s.gpu_memory and device.type == "cuda":
-        whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, s.gpu_memory * 1e9 / whole))
-    home = torch.device("cpu") if s.offload else device          # where models rest
-    load = lambda path, dtype=dtype: load_model(path, device=home, dtype=dtype)
+    ranks.check(device, s.queries)
+    limit_memory(device, s.gpu_memory)
     Tokenizer.date_string = s.date_string
-    start = find_model(s.model)
-    reference_path = find_model(s.reference) if s.reference else start
-    judge_path = find_model(s.judge) if s.judge else reference_path
-    judged = rewards.SELF_REWARD if s.self_reward else (
-        rewards.VERDICT if s.reward == "verdict" else None)
-    data, held_out = [], []
-    read = lambda file: read_data(file, gold=rewards.NEED_GOLD.get(s.reward), boxed=rewards.boxed)
-    if s.algo == "grpo" and world and s.prompts in world.MIXES:
-        data = world.prompts(s.prompts, min(s.queries * s.steps, 10**5), seed=s.seed)
-    elif s.algo == "grpo":
-        data = read(s.prompts)
+    paths = model_paths(s)
+    start, judge_path = paths["policy"], paths.get("judge", paths.get("reference"))
+    tokenizer, context = Tokenizer(start), read_config(start).max_position_embeddings
+    game = Game(s, None, tokenizer, world=world_of(s, start))
+    game.sources = {f"the {role}": path for role, path in paths.items()}
+    if game.world and device.type == "cpu":
+        torch.set_num_threads(1)           # matrices this small: threads would wait for each other
+    if s.algo != "grpo" and s.query_tokens + s.answer_tokens > context:
+        raise InputError(f"--query-tokens {s.query_tokens} and --answer-tokens {s.answer_tokens}: "
+                         f"the model's context holds {context} in all")
+
+    def read(file):
+        data = read_data(file, gold=rewards.NEED_GOLD.get(s.reward), boxed=rewards.boxed)
+        check_data(file, data, tokenizer, context - s.answer_tokens)
+        return data
+
     if s.eval_prompts:
-        held_out = read(s.eval_prompts)
-    tokenizer = Tokenizer(start)
-    context = read_config(start).max_position_embeddings
-    check_data(s.prompts, data, tokenizer, context - s.answer_tokens)
-    check_data(s.eval_prompts, held_out, tokenizer, context - s.answer_tokens)
-    game = Game(s, None, tokenizer, rewards.CHECKS.get(s.reward), data=data, held_out=held_out,
-                world=world)
-    game.sources = {"--model": start}
-    for flag in ("prompts", "eval_prompts"):
-        if getattr(s, flag) and not (world and getattr(s, flag) in world.MIXES):
-            game.sources["--" + flag.replace("_", "-")] = Path(getattr(s, flag))
-    if s.algo == "rlpt":
-        rlpt.open_texts(game, start, context)
-    elif s.algo != "grpo":
+        game.held_out = read(s.eval_prompts)
+        game.sources["--eval-prompts"] = Path(s.eval_prompts)
+    if s.algo == "grpo" and game.world and s.prompts in game.world.MIXES:
+        game.data = game.world.prompts(s.prompts, min(s.queries * s.steps, 10**5), seed=s.seed)
+    elif s.algo == "grpo":
+        game.data = read(s.prompts)
+        game.sources["--prompts"] = Path(s.prompts)
+    elif s.algo == "rlpt":
+        rlpt.open_texts(game, start)
+    else:
         game.sources["--challenger-prompt"] = Path(s.challenger_prompt)
-        given = [name for name in ("task", "template") if getattr(s, name) != "None"]
-        prompt = fill(read_prompt(s.challenger_prompt, given), task=s.task, template=s.template)
-        game.challenger_prompt = opening(tokenizer, s.challenger_prompt, prompt, s.query_tokens,
-                                         context)
-        opening(tokenizer, "--query-tokens and --answer-tokens", "",
-                s.query_tokens + s.answer_tokens, context)
-    if judged:
-        prompt_path = Path(s.self_reward_prompt) if s.self_reward else prompt_file(
-            judge_path, "verdict_strict" if s.strict else "verdict")
-        flag = "--self-reward-prompt" if s.self_reward else "the judge's prompt"
-        game.sources |= {flag: prompt_path, "--judge": judge_path}
-        game.judge_tokenizer = tokenizer if judge_path == start else Tokenizer(judge_path)
-        game.judge_prompt = read_prompt(prompt_path, judged.places)
-        opening(game.judge_tokenizer, prompt_path,
-                fill(game.judge_prompt, **dict.fromkeys(judged.places, "")), s.judge_tokens,
-                read_config(judge_path).max_position_embeddings)
-    if not game.reward and s.algo != "rlpt":
-        game.sources["--reward"] = find_model(s.reward)
-        game.reward = rewards.RewardModel(game.sources["--reward"], device=home, dtype=dtype,
+        game.challenger_prompt = opening(tokenizer, s.challenger_prompt, s.query_tokens, context,
+                                         task=s.task, template=s.template)
+    if s.self_reward or s.verdict and s.reward != "tiny":
+        scale, file = rewards.SELF_REWARD, s.self_reward_prompt
+        if s.algo == "rlpt":
+            scale = rewards.VERDICT
+            file = files.prompt_file(judge_path, "verdict_strict" if s.strict else "verdict")
+        game.sources["the judge's prompt"] = Path(file)
+        game.judge = rewards.open_judge(
+            judge_path, file, scale, reading=s.reading, temperature=s.judge_temperature,
+            max_new_tokens=s.judge_tokens, batch_tokens=s.batch_tokens)
+
+    # Models are loaded to where they stay between phases: with --offload, the host.
+    home = torch.device("cpu") if s.offload else device
+    load = lambda path, dtype=dtype: load_model(path, device=home, dtype=dtype)
+    game.reward = rewards.CHECKS.get(s.reward)
+    if "reward model" in paths:
+        game.reward = rewards.RewardModel(paths["reward model"], device=home, dtype=dtype,
                                           batch_tokens=min(16384, s.batch_tokens))
-    shared = judged and judge_path == reference_path
-    game.reference = load(reference_path) if s.beta or shared else None
-    if game.reference:
-        game.sources["--reference"] = reference_path
-    if judged:
-        game.judge = game.reference if shared else load(judge_path)
-    if s.algo == "rlpt":
-        game.reward = rlpt.Verdict(
-            game.judge, game.judge_tokenizer, game.judge_prompt, reading=s.verdict,
-            temperature=s.judge_temperature, max_new_tokens=s.judge_tokens,
-            batch_tokens=s.batch_tokens, min_prediction=s.min_prediction, least=s.min_segment,
-            world=world if s.reward == "tiny" else None)
+    elif ":" in s.reward:
+        game.reward = files.load_function(s.reward)
+        game.sources["--reward"] = Path(s.reward.rpartition(":")[0])
+    if "reference" in paths:
+        game.reference = load(paths["reference"])
+    if game.judge:
+        game.judge.model = load(judge_path) if "judge" in paths else game.reference
     # In its masters' precision; MasterAdamW makes it bf16.
     game.policy = load(checkpoint or start, torch.float32)
     game.policy.checkpointing = s.checkpointing
-    for flag in ("policy", "reference", "judge"):
-        model = getattr(game, flag)
+    frozen = {game.reference, game.judge and game.judge.model, getattr(game.reward, "model", None)}
+    for role, model in (("policy", game.policy), ("reference", game.reference),
+                        ("judge", game.judge and game.judge.model)):
         if model and model.config.scalar_head:
-            raise InputError(f"the {flag} is a reward model, which cannot write")
+            raise InputError(f"the {role} is a reward model, which cannot write")
     if s.beta and game.reference.config.vocab_size != game.policy.config.vocab_size:
         raise InputError(f"--reference {s.reference}: another vocabulary than the policy's")
     if s.offload:
         game.phase.stage = Stage(device, dtype)
-        for model in {game.scorer, game.reference, game.judge} - {None}:
+        for model in frozen - {None}:
             rest(model)                        # the policy: MasterAdamW
     return game
 
 
-def role_paths(s: Settings, *, weights: bool = True) -> dict[str, Path]:
-    """The directory of each model that a run holds; what two roles share is there once.
-    weights: whether they are fetched with their weights."""
-    path = lambda name: find_model(name, weights=weights)
-    policy = path(s.model)
-    reference = path(s.reference) if s.reference else policy
-    judge = path(s.judge) if s.judge else reference
-    shared, found = bool(s.reading) and judge == reference, {"policy": policy}
-    if s.beta or shared:
-        found["reference"] = reference
-    if s.reading and not shared:
-        found["judge"] = judge
-    if s.reward not in rewards.CHECKS and not s.verdict:
-        found["reward model"] = path(s.reward)
-    return found
+def world_of(s: Settings, start: Path) -> ModuleType | None:
+    """The embedded world, if the model belongs to it (its training.json) or the settings ask for
+    it: accuracy and held-out queries stay with another reward."""
+    if s.algo == "rlpt":
+        return tiny_world if s.text == tiny_world.STORIES else None
+    return tiny_world if "tiny" in (s.reward, files.preset_of(start).get("reward")) else None
 
 
 # What the memory budget executes on meta tensors (plumbing/budget.py).
@@ -472,7 +372,7 @@ MEASURED = SimpleNamespace(Llama=Llama, Row=Row, Completion=Completion, pick=pic
 
 def plan_of(s: Settings) -> Plan:
     """What the run needs of memory: measured with the functions that it will call."""
-    paths = role_paths(s, weights=False)
+    paths = model_paths(s, weights=False)
     return Plan(s, {role: read_config(path) for role, path in paths.items()}, MEASURED)
 
 
@@ -485,11 +385,7 @@ def train(s: Settings, preset: dict, given=()):
     if s.dry_run:
         sys.exit(plan.dry_run(s))
 
-    def reopen():
-        run = runs.Run(Path(s.resume))                       # its lock, from here on
-        run.newest_whole()
-        return run
-    run = ranks.first(reopen) if s.resume else None
+    run = ranks.first(lambda: runs.reopen(Path(s.resume))) if s.resume else None
     game = set_up(s, run.checkpoint if run else None)
     device, dtype = pick_device(s.device)
     if s.watch:
@@ -502,77 +398,45 @@ def train(s: Settings, preset: dict, given=()):
     run = run or ranks.first(lambda: runs.new_run(s, run_name(s), need))
     with run, StopRequest() as game.phase.stop:
         ranks.first(lambda: run.begin(asdict(s), game.sources))
-        said = " ".join(f"{k}={value}" for k, value in asdict(s).items() if value is not None)
-        print(textwrap.fill(f"settings      {said}", 100, subsequent_indent=" " * 14,
-                            break_long_words=False, break_on_hyphens=False))
+        print(log.settings_lines(s))
         print(plan.opening(s))
         now = {"torch": torch.__version__, "device": device.type, "ranks": ranks.world()}
         state = ranks.first(lambda: run.restore(s.keep, **now))
         if run.checkpoint:
             optimizer.load(run.checkpoint / "state", state["updates"])
-        if s.resume:
-            print(f"resuming {run.folder} after step {state['step']}", flush=True)
         play_on(game, optimizer, run, state, plan)
-
-
-@torch.no_grad()
-def can_play(game: Game) -> bool:
-    """Whether the policy's logits are finite: no other model is worth a checkpoint."""
-    game.phase.call(game.policy)
-    ids = game.tokenizer.chat([{"role": "user", "content": "a"}])
-    tokens = torch.tensor([ids], device=game.policy.model.embed_tokens.weight.device)
-    return game.policy.logits(game.policy(tokens)[:, -1]).isfinite().all().item()
 
 
 def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, plan: Plan):
     """The steps that are left. Only a whole step is ever saved; one that was cut short is played
     again, and draws the same random numbers, which depend on the seed and the step alone."""
-    s, out = game.settings, run.folder
+    s, step, bad_steps = game.settings, state["step"], state["bad_steps"]
     budget_gb = {phase: sum(parts.values()) / 1e9 for phase, parts in plan.phases(s).items()}
-    step, bad_steps = state["step"], state["bad_steps"]
     saved = step if run.checkpoint else None
-    evals = read_lines(out / "eval.jsonl")
-    recent = log.recent_queries(out / "samples.jsonl")
-    start = [a for a in read_lines(out / "eval_samples.jsonl") if a["step"] == 0] or None
-
-    def look():
-        nonlocal start
-        record = {"step": step}
-        if game.held_out:
-            figures, answered = evaluate(game, game.held_out, start)
-            start = start or answered
-            record |= figures
-            run.append("eval_samples.jsonl", [{"step": step} | line for line in answered])
-        if game.world:
-            record |= evaluate_world(game)
-        if len(record) > 1:
-            evals.append(record)
-            run.append("eval.jsonl", [record])
-            print(log.eval_line(s, record), flush=True)
+    game.recent = log.recent_queries(run.folder / "samples.jsonl")
+    evaluated = {record["step"] for record in read_lines(run.folder / "eval.jsonl")}
 
     def save():
         nonlocal saved
         if saved == step:
             return
+        if not is_finite(game):
+            raise cli.RunStopped(f"after step {step} the model's logits are not finite: a lower "
+                                 f"--learning-rate may help; {run.how_to_go_on()}", can_save=False)
 
         def write(folder):
             save_model(game.policy, folder)
             optimizer.save(folder / "state")
-        if not can_play(game):
-            raise cli.RunStopped(f"after step {step} the model's logits are not finite: a lower "
-                                 f"--learning-rate may help; {run.how_to_go_on()}", can_save=False)
-        now = {"updates": optimizer.updates, "bad_steps": bad_steps,
-               "torch": state["torch"], "device": state["device"], "ranks": state["ranks"]}
+        now = state | {"step": step, "updates": optimizer.updates, "bad_steps": bad_steps}
         ranks.alike(optimizer.masters)
         ranks.first(lambda: run.save(step, now, write, need=optimizer.bytes_on_disk(), keep=s.keep))
         saved = step
 
     try:
         while True:
-            known = evals and evals[-1]["step"] == step
-            if (step % s.eval_every == 0 or step >= s.steps) and not known:
+            if (step % s.eval_every == 0 or step >= s.steps) and step not in evaluated:
                 with game.phase("eval", game.policy):
-                    look()
+                    look(game, run, step)
             if step >= s.steps:
                 break
             begun = time.perf_counter()
@@ -581,17 +445,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, plan
             seconds = time.perf_counter() - begun
             step += 1
             bad_steps = bad_steps + 1 if learnt["skipped"] else 0
-            m = {"step": step} | log.measure(s, r, recent) | learnt | {
-                "seconds": seconds, "phase_seconds": r.seconds, "peak_gb": game.phase.peak_gb,
-                "budget_gb": budget_gb, "tokens_per_second": log.speed(game, r)}
-            recent.append(r.queries)
-            run.append("metrics.jsonl", [m])
-            run.append("samples.jsonl", list(log.samples(r, step)))
-            print(log.step_line(s, m), flush=True)
-            if log.is_large(game.policy.config):
-                print(log.speed_line(m), flush=True)
-            if step % 10 == 0:
-                print(log.example_line(r), flush=True)
+            log.record(game, run, step, r, learnt | {"seconds": seconds, "budget_gb": budget_gb})
             if bad_steps >= s.max_bad_steps:
                 raise cli.RunStopped(f"{bad_steps} updates in a row were skipped, the last one: "
                                       + log.fault_text(learnt["faults"]))
@@ -603,7 +457,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, plan
             raise reason from None
         save()
         raise cli.RunStopped(f"{reason}; {run.how_to_go_on()}", reason.code) from None
-    print(log.closing_lines(out, evals))
+    print(log.closing_lines(run.folder, read_lines(run.folder / "eval.jsonl")))
 
 
 def main():

@@ -31,7 +31,7 @@ from plumbing.config import parse_config
 from plumbing.files import InputError
 from plumbing.memory import MasterAdamW
 from plumbing.settings import Settings
-from rewards import RewardModel
+from rewards import SELF_REWARD, Judge, RewardModel
 from train import Game
 
 MODEL = Load("smollm2-135m")
@@ -78,8 +78,9 @@ def set_up(load: Load, changes: dict) -> tuple[Game, MasterAdamW]:
     reward.model = measure.fill(scorer.to_empty(device="cpu"))
     reward.tokenizer, reward.batch_tokens = Words(), min(16384, s.batch_tokens)
     game = Game(s, build(), Words(), reward, build().requires_grad_(False))
-    game.judge, game.judge_tokenizer = game.reference, game.tokenizer
-    game.judge_prompt = "2 " * RUBRIC + "{instruction} {response}"
+    game.judge = Judge(game.reference, game.tokenizer, "2 " * RUBRIC + "{instruction} {response}",
+                       SELF_REWARD, s.self_reward, max_new_tokens=s.judge_tokens,
+                       batch_tokens=s.batch_tokens)
     game.challenger_prompt = [3] * CHALLENGER
     game.policy.checkpointing = s.checkpointing
     return game, MasterAdamW(game.policy, torch.float32, weight_decay=0.0)

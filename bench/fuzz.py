@@ -38,7 +38,7 @@ import rewards  # noqa: E402
 from model import load_model  # noqa: E402
 from plumbing.chat import Tokenizer  # noqa: E402
 from plumbing.data import check_data, opening, read_data  # noqa: E402
-from plumbing.files import InputError, prompt_file, read_prompt  # noqa: E402
+from plumbing.files import InputError, prompt_file  # noqa: E402
 from plumbing.settings import resolve  # noqa: E402
 from tiny import world  # noqa: E402
 
@@ -260,7 +260,7 @@ def use_prompts(folder: Path):
 
 def use_prompt(folder: Path):
     file = prompt_file(folder, "challenger")
-    opening(Tokenizer(folder), str(file), read_prompt(file, ["task"]), 16, 512)
+    opening(Tokenizer(folder), file, 16, 512, task="sums")
 
 
 # File: what uses it, and how many of 10,000.

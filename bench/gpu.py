@@ -35,7 +35,7 @@ from plumbing.memory import MasterAdamW, Stage, rest
 from plumbing.phases import Phases, out_of_memory
 from plumbing.runs import append_line
 from plumbing.settings import ALGOS, MODELS, Settings, resolve
-from rewards import RewardModel
+from rewards import SELF_REWARD, Judge, RewardModel
 from sample import Completion, sample
 from train import Game, Row, accumulate, plan_of, play, reference_log_probs, token_log_probs, update
 
@@ -175,16 +175,17 @@ def step_game(args, s: Settings, folder: Path) -> tuple[Game, MasterAdamW]:
     """What train.set_up() makes, around random models; frozen ones leave the device at once."""
     offload, tokenizer = s.offload, words(folder, args)
     text = lambda count: " ".join(["w2"] * count)
-    game = Game(s, None, tokenizer, None, phase=Measured(args), judge_tokenizer=tokenizer,
-                judge_prompt=f"{text(RUBRIC[0])} {{instruction}} {{response}} {text(RUBRIC[1])}",
-                challenger_prompt=[2] * CHALLENGER)
+    game = Game(s, None, tokenizer, phase=Measured(args), challenger_prompt=[2] * CHALLENGER)
     scorer = object.__new__(RewardModel)           # __init__ reads files
     scorer.tokenizer, scorer.shortened = tokenizer, 0
     scorer.batch_tokens, game.reward = min(16384, s.batch_tokens), scorer
     scorer.model = random_llama(args, head=True, seed=1)
     if offload:
         rest(scorer.model)                         # before the next one is made
-    game.reference = game.judge = random_llama(args, seed=2)
+    game.reference = random_llama(args, seed=2)
+    prompt = f"{text(RUBRIC[0])} {{instruction}} {{response}} {text(RUBRIC[1])}"
+    game.judge = Judge(game.reference, tokenizer, prompt, SELF_REWARD, s.self_reward,
+                       s.judge_temperature, s.judge_tokens, s.batch_tokens)
     if offload:
         rest(game.reference)
     game.policy = random_llama(args, seed=2, dtype=torch.float32)
@@ -211,7 +212,7 @@ def step_child(args) -> list[dict]:
     for step, (lengths, stops, temperature) in enumerate((
             ("warm-up", ends, 1.0), ("full", set(), 0.0),
             (f"geometric, mean {every}", ends, 1.0))):
-        game.tokenizer.stop_ids, game.settings.judge_temperature = stops, temperature
+        game.tokenizer.stop_ids, game.judge.temperature = stops, temperature
         begun = time.perf_counter()
         r = play(game, step)
         m = update(game, optimizer, r, step)

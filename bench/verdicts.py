@@ -63,9 +63,9 @@ def main():
     result = {"judge": args.judge, "text": args.text, "references": len(asked)}
     print("reading     read  " + "".join(f"{kind:>11}" for kind in KINDS) + "  right - wrong")
     for reading in rewards.READINGS:
-        scores, records = rewards.verdicts(
-            judge, tokenizer, *map(list, zip(*[row[1:] for row in rows])), prompt=prompt,
-            reading=reading, max_new_tokens=args.judge_tokens)
+        verdict = rewards.Judge(judge, tokenizer, prompt, rewards.VERDICT, reading,
+                                max_new_tokens=args.judge_tokens)
+        scores, records = verdict(*map(list, zip(*[row[1:] for row in rows])))
         read = torch.tensor([r.get("mass", float(r.get("reason") is None)) for r in records])
         mean = {kind: scores.nan_to_num(0.0)[[row[0] == kind for row in rows]].mean().item()
                 for kind in KINDS}

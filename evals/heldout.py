@@ -1,7 +1,6 @@
 """What a run measures of itself: held-out prompts, and the embedded worlds' held-out tasks.
 
-    figures, answered = evaluate(game, game.held_out, start)         # reward, win-rate
-    record = evaluate_world(game)                                    # accuracy, the Challenger's
+    look(game, run, step)                         # evaluates, and appends to the run's eval.jsonl
 """
 import math
 
@@ -10,8 +9,9 @@ from torch import Tensor
 
 import rewards
 import rlpt
-from plumbing import ranks
-from plumbing.data import EVALUATE, generator
+from plumbing import log, ranks
+from plumbing.data import generator
+from plumbing.runs import read_lines
 from sample import sample, text_of
 
 
@@ -25,6 +25,23 @@ def greedy(game, queries: list[str]) -> tuple[list[str], Tensor]:
     return texts, torch.tensor([row.stopped for (row,) in rows])
 
 
+def look(game, run, step: int):
+    """Evaluate the policy, append a record to the run's eval.jsonl, and print its line. Nothing
+    happens where there are neither held-out prompts nor an embedded world."""
+    record = {"step": step}
+    if game.held_out:
+        known = read_lines(run.folder / "eval_samples.jsonl")
+        start = [line for line in known if line["step"] == 0] or None
+        figures, answered = evaluate(game, game.held_out, start)
+        record |= figures
+        run.append("eval_samples.jsonl", [{"step": step} | line for line in answered])
+    if game.world:
+        record |= evaluate_world(game)
+    if len(record) > 1:
+        run.append("eval.jsonl", [record])
+        print(log.eval_line(game.settings, record), flush=True)
+
+
 def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list[dict]]:
     """Greedy answers to held-out prompts: mean reward, win-rate against the start's answers.
 
@@ -34,7 +51,7 @@ def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list
     """
     queries, golds = map(list, zip(*held_out))
     answers, stopped = greedy(game, queries)
-    game.phase.call(game.scorer)
+    game.phase.call(getattr(game.reward, "model", None))
     ours = rewards.score(game.reward, queries, answers, golds, stopped)                    # (len,)
     answered = [{"query": q, "answer": a, "reward": r}
                 for q, a, r in zip(queries, answers, ours.tolist())]
@@ -59,6 +76,15 @@ def evaluate_world(game) -> dict:
         (rows,) = sample(game.policy, [game.challenger_prompt], num_samples=1000,
                          temperature=s.temperature, max_new_tokens=s.query_tokens,
                          stop_ids=game.tokenizer.stop_ids, batch_tokens=s.batch_tokens,
-                         generator=generator(s.seed, 0, EVALUATE))
+                         generator=generator(s.seed, 0, "evaluate"))
         record["challenger"] = world.challenger_shares([text_of(game.tokenizer, r) for r in rows])
     return record
+
+
+@torch.no_grad()
+def is_finite(game) -> bool:
+    """Whether the policy's logits are finite: no other model is worth a checkpoint."""
+    game.phase.call(game.policy)
+    ids = game.tokenizer.chat([{"role": "user", "content": "a"}])
+    tokens = torch.tensor([ids], device=game.policy.model.embed_tokens.weight.device)
+    return game.policy.logits(game.policy(tokens)[:, -1]).isfinite().all().item()

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.chat import SURROGATE, Tokenizer
-from plumbing.files import InputError, check_regular
+from plumbing.chat import SURROGATE, Tokenizer, fill
+from plumbing.files import InputError, check_regular, read_prompt
 
 FIELDS = ("instruction", "question", "problem", "prompt")
 
@@ -76,8 +76,11 @@ def check_data(path: str, data: list, tokenizer: Tokenizer, room: int):
                    f"holds {room}")
 
 
-def opening(tokenizer: Tokenizer, name: str, prompt: str, new: int, context: int) -> list[int]:
-    """A prompt's chat ids; InputError if it has what cannot be spelt, or no room for `new` more."""
+def opening(tokenizer: Tokenizer, name: str, new: int, context: int, **values: str) -> list[int]:
+    """Chat ids of a prompt file filled with these values ("None": no value, so that its place need
+    not be there); InputError if it cannot be encoded, or has no room for `new` more tokens."""
+    given = [key for key, value in values.items() if value != "None"]
+    prompt = fill(read_prompt(name, given), **values)
     if (strange := tokenizer.unspelt(prompt)) is not None:
         raise InputError(f"{name}: the tokenizer of {tokenizer.path} cannot spell {strange!r}")
     ids = tokenizer.chat([{"role": "user", "content": prompt}])
@@ -117,16 +120,16 @@ def read_entries(path: str) -> list[tuple[str, object]]:
 
 
 # What random numbers are drawn for.
-CHALLENGE, SOLVE, JUDGE, ORDER, EVALUATE, EPISODE, NONCE = range(7)
+PURPOSES = ("challenge", "solve", "judge", "order", "evaluate", "episode", "nonce")
 
 
-def generator(seed: int, step: int, purpose: int) -> torch.Generator:
+def generator(seed: int, step: int, purpose: str) -> torch.Generator:
     """A fresh generator for each step and purpose: no state to save, and none to restore."""
-    state = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
+    sequence = np.random.SeedSequence([seed, step, PURPOSES.index(purpose)])
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
-def seeds(seed: int, step: int, purpose: int, count: int) -> list[int]:
+def seeds(seed: int, step: int, purpose: str, count: int) -> list[int]:
     """Seeds of a step's completions: each depends on the seed, the step, the purpose and its own
     number alone, and not on how many processes there are."""
     return torch.randint(2**63 - 1, (count,), generator=generator(seed, step, purpose)).tolist()
@@ -135,6 +138,6 @@ def seeds(seed: int, step: int, purpose: int, count: int) -> list[int]:
 def draw(data: list, count: int, seed: int, step: int) -> list:
     """The step's `count` entries: each once an epoch, every epoch in an order of its own."""
     places = range(step * count, (step + 1) * count)
-    orders = {epoch: torch.randperm(len(data), generator=generator(seed, epoch, ORDER)).tolist()
+    orders = {epoch: torch.randperm(len(data), generator=generator(seed, epoch, "order")).tolist()
               for epoch in {i // len(data) for i in places}}
     return [data[orders[i // len(data)][i % len(data)]] for i in places]

@@ -1,5 +1,6 @@
 """What a reader may skip: bad input in one line, JSON and prompt files,
 named models and the hub, devices."""
+import importlib.util
 import json
 import os
 import re
@@ -152,6 +153,12 @@ def prompt_file(model_path: Path, name: str) -> Path:
     return own if own.exists() else HERE / "prompts" / f"{name}.txt"
 
 
+def preset_of(folder: Path) -> dict:
+    """What a model's training.json says; empty without one."""
+    file = inside(folder, "training.json")
+    return read_json(file) if file.exists() else {}
+
+
 def pick_device(name: str = "auto", path: Path | None = None) -> tuple[torch.device, torch.dtype]:
     """The device of that name (auto: what the model at `path` asks for in its training.json, else
     cuda, then mps, then cpu) and the dtype to compute in there.
@@ -163,8 +170,8 @@ def pick_device(name: str = "auto", path: Path | None = None) -> tuple[torch.dev
     """
     available = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto" and path and (file := inside(path, "training.json")).exists():
-        name = "cpu" if read_json(file).get("device") == "cpu" else name     # the embedded ones
+    if name == "auto" and path and preset_of(path).get("device") == "cpu":
+        name = "cpu"                                                         # the embedded ones
     name = next(d for d in available if available[d]) if name == "auto" else name
     if not available[name]:
         raise InputError(f"--device {name}: PyTorch finds none here")
@@ -177,3 +184,18 @@ def pick_device(name: str = "auto", path: Path | None = None) -> tuple[torch.dev
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     rounded = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device(name), torch.bfloat16 if rounded else torch.float32
+
+
+def load_function(spec: str):
+    """The function that FILE:FUNCTION names; InputError where there is none."""
+    path, _, name = spec.rpartition(":")
+    check_regular(Path(path))
+    try:
+        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    except (OSError, SyntaxError, ImportError) as error:
+        raise InputError(f"{path}: {error}") from None
+    if not callable(getattr(module, name, None)):
+        raise InputError(f"{path}: no function {name} in it")
+    return getattr(module, name)

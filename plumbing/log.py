@@ -1,6 +1,8 @@
 """What a run says: each step's numbers, its line on the screen, the samples, the transcript."""
 import math
+import textwrap
 from collections import Counter, deque
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -284,3 +286,53 @@ def balance_lines(r) -> list[str]:
     return [*lines, f"correlation of R and R_Q {short(found['reward_quality_correlation'])}"]
 
 
+def non_finite(r) -> list[dict]:
+    """The samples with a reward or log-prob that is not finite, counted from 1 in the order of
+    samples.jsonl (answer None: the query itself); their sum, where each of them is finite."""
+    faults = []
+    for n in r.kept.nonzero()[:, 0].tolist():
+        asked = [(None, r.query_rows[n], 0.0)] if r.query_rows else []
+        answered = zip(range(1, len(r.answer_rows[n]) + 1), r.answer_rows[n], r.R[n].tolist())
+        for answer, row, reward in [*asked, *answered]:
+            if not math.isfinite(reward + sum(row.logp)):
+                what = "log-prob" if math.isfinite(reward) else "reward"
+                faults.append({"query": n + 1, "answer": answer, "what": what})
+    everything = {"query": None, "answer": None, "what": "gradient of all samples together"}
+    return faults or [everything]
+
+
+def learnt(s, sol: Counter, ch: Counter, norm: float, rate: float, faults: list) -> dict:
+    """What an update says: sol, ch: the sums of lsp.policy_loss over the roles' rows."""
+    mean = lambda key, per, sums: sums[key] / sums[per] if sums[per] else None
+    entropy = lambda sums: -sums["logp"] / sums["tokens"] if sums["tokens"] else None
+    return {
+        "loss": None if faults else sol["loss"] + s.alpha_ch * ch["loss"],
+        "kl_solver": mean("kl", "sequences", sol) if s.beta else None,
+        "kl_challenger": mean("kl", "sequences", ch) if s.beta else None,
+        "entropy_solver": entropy(sol), "entropy_challenger": entropy(ch),
+        "logp_gap": mean("gap", "tokens", sol + ch),
+        "grad_norm": norm, "skipped": bool(faults), "faults": faults, "learning_rate": rate,
+    }
+
+
+def settings_lines(s) -> str:
+    """All settings of a run in lines of at most 100 characters."""
+    said = " ".join(f"{k}={value}" for k, value in asdict(s).items() if value is not None)
+    return textwrap.fill(f"settings      {said}", 100, subsequent_indent=" " * 14,
+                         break_long_words=False, break_on_hyphens=False)
+
+
+def record(game, run, step: int, r, learnt: dict):
+    """Append a step's metrics and samples to the run's files, and print its line."""
+    s = game.settings
+    m = {"step": step} | measure(s, r, game.recent) | learnt | {
+        "phase_seconds": r.seconds, "peak_gb": game.phase.peak_gb,
+        "tokens_per_second": speed(game, r)}
+    game.recent.append(r.queries)
+    run.append("metrics.jsonl", [m])
+    run.append("samples.jsonl", list(samples(r, step)))
+    print(step_line(s, m), flush=True)
+    if is_large(game.policy.config):
+        print(speed_line(m), flush=True)
+    if step % 10 == 0:
+        print(example_line(r), flush=True)

@@ -230,3 +230,10 @@ def plan_buffers(counts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         places.append((k, filled[k]))
         filled[k] += count
     return filled, places
+
+
+def limit_memory(device: torch.device, gigabytes: float):
+    """Let this process have so many GB (1e9 bytes) of its GPU; 0: all of it."""
+    if gigabytes and device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole))

@@ -75,8 +75,12 @@ def to_the_end(main):
         raise reason from None
 
 
-def check_gpu(device: torch.device):
-    """InputError where this rank has no GPU of its own; together() has made it current."""
+def check(device: torch.device, queries: int):
+    """InputError where this rank has no query, or no GPU of its own; together() has made that
+    current."""
+    if world() > queries:
+        raise InputError(f"{world()} processes and {queries} queries a step: each process needs a "
+                         "query, --queries")
     if world() > 1 and device.type == "cuda":
         place, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if place >= found:

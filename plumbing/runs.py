@@ -134,6 +134,13 @@ def new_run(s, name: str, need: int) -> "Run":
     return run
 
 
+def reopen(folder: Path) -> "Run":
+    """A run to go on with: locked, its newest whole checkpoint found."""
+    run = Run(folder)
+    run.newest_whole()
+    return run
+
+
 class Run:
     """A run's folder while one process holds it: its lock, records and checkpoints.
 
@@ -250,6 +257,8 @@ class Run:
                     print(f"{file} is not what it was at {self.checkpoint.name}: lines of it are "
                           "lost or changed; training is not affected")
                 keep_whole_lines(file, length)
+        if self.checkpoint:
+            print(f"resuming {self.folder} after step {state['step']}", flush=True)
         return state | now
 
     def save(self, step: int, state: dict, write, *, need: int, keep: int):

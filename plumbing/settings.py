@@ -317,3 +317,21 @@ def run_name(s: Settings) -> str:
     path = Path(s.model)
     name = path.absolute().parent.name if path.name.startswith("checkpoint") else path.name
     return f"{name}-{s.algo}-{s.seed}"
+
+
+def model_paths(s: Settings, *, weights: bool = True) -> dict[str, Path]:
+    """The directory of each model that a run holds; a judge that is the reference is there once.
+    weights: whether they are fetched with their weights."""
+    path = lambda name: find_model(name, weights=weights)
+    policy = path(s.model)
+    reference = path(s.reference) if s.reference else policy
+    judge = path(s.judge) if s.judge else reference
+    judged = s.self_reward or s.verdict and s.reward != "tiny"
+    found = {"policy": policy}
+    if s.beta or judged and judge == reference:
+        found["reference"] = reference
+    if judged and judge != reference:
+        found["judge"] = judge
+    if s.algo != "rlpt" and s.reward not in CHECKS and ":" not in s.reward:
+        found["reward model"] = path(s.reward)
+    return found

@@ -123,7 +123,7 @@ def test_models_in_two_roles_count_once_and_another_judge_counts(tmp_path):
     write_checkpoint(tmp_path / "m", "untied")
     write_checkpoint(tmp_path / "j", "head_dim")
     m, j = str(tmp_path / "m"), str(tmp_path / "j")
-    roles = lambda **given: list(train.role_paths(resolve(
+    roles = lambda **given: list(train.model_paths(resolve(
         {"model": m, "reward": m, "device": "cpu"} | given)[0]))
     assert roles() == roles(judge=m) == ["policy", "reference", "reward model"]
     assert roles(judge=j) == ["policy", "reference", "judge", "reward model"]

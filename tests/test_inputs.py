@@ -147,7 +147,7 @@ def test_every_number_is_refused_below_and_above_its_range(folder, monkeypatch, 
     (["--algo", "grpo", "--prompts", "long.json"], "long.json, entry 2: the prompt has "),
     (["--eval-prompts", "long.jsonl"], "long.jsonl, line 3: the prompt has "),
     (["--challenger-prompt", "long.txt"], "long.txt: the prompt has "),
-    (["--query-tokens", "900", "--answer-tokens", "1500"], "--query-tokens and --answer-tokens: "),
+    (["--query-tokens", "900", "--answer-tokens", "1500"], "--query-tokens 900 and --answer-tokens 1500: "),
     (["--judge-tokens", "2000"], "self_reward.txt: the prompt has "),
     (["--judge", "short"], "self_reward.txt: the prompt has "),
 ])
@@ -390,9 +390,9 @@ def test_what_a_judge_or_a_reward_model_has_no_room_for_is_cut_and_counted(tmp_p
     assert reward.shortened == 0
     judge, tokenizer = load_model(tmp_path / "j"), Tokenizer(tmp_path / "j")
     for reading in rewards.READINGS:
-        scores, records = rewards.self_reward(
-            judge, tokenizer, queries, answers, prompt="Rate {instruction}: {response}",
-            reading=reading, max_new_tokens=4)
+        scores, records = rewards.Judge(
+            judge, tokenizer, "Rate {instruction}: {response}", rewards.SELF_REWARD,
+            reading=reading, max_new_tokens=4)(queries, answers)
         assert len(scores) == 3 and [r["shortened"] for r in records] == [False, True, True]
 
 

@@ -178,9 +178,9 @@ def test_the_temperatures_are_those_of_the_settings(world, monkeypatch):
 
 def test_the_judge_is_the_reference_by_default(world):
     g = players.set_up(settings(world, reference=str(world / "r")))
-    assert g.judge is g.reference
+    assert g.judge.model is g.reference
     g = players.set_up(settings(world, judge=str(world / "r")))
-    assert g.judge is not g.reference
+    assert g.judge.model is not g.reference
 
 
 # ---------------------------------------------------------------- what is recorded

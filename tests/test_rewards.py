@@ -15,7 +15,15 @@ from evals import judges
 from model import load_model
 from plumbing.chat import Tokenizer, without_tags
 from plumbing.files import HERE, InputError, read_prompt
-from rewards import boxed, exact, fill_unparsed, final_number, parse_self_reward
+from rewards import (
+    SELF_REWARD,
+    Judge,
+    boxed,
+    exact,
+    fill_unparsed,
+    final_number,
+    parse_self_reward,
+)
 from sample import Completion
 
 SEVEN = "<Calculation>1+0+1+0+1+1+0=4</Calculation>"
@@ -168,9 +176,8 @@ QUERIES, ANSWERS = (["What is 2 + 2?", "Say {response}", ""],
 @torch.no_grad()
 def test_the_expected_reading_is_the_expectation_over_the_digits(judge):
     model, tokenizer = judge
-    scores, records = rewards.self_reward(
-        model, tokenizer, QUERIES, ANSWERS, prompt="{instruction}|{response}",
-        reading="expected", batch_tokens=60)
+    scores, records = Judge(model, tokenizer, "{instruction}|{response}", SELF_REWARD,
+                            reading="expected", batch_tokens=60)(QUERIES, ANSWERS)
     for q, a, score, record in zip(QUERIES, ANSWERS, scores, records):
         shown = a.replace("<Score>", "(Score>").replace("</Score>", "(/Score>")
         assert record["tags"] == (shown != a)
@@ -190,7 +197,7 @@ def test_the_generate_reading_parses_what_the_judge_wrote(judge, monkeypatch):
     monkeypatch.setattr(
         rewards, "sample", lambda judge, prompts, **settings: asked.extend(prompts) or [
             [Completion(tokenizer.encode(t) + [2], [], True)] for t in written])
-    scores, records = rewards.self_reward(model, tokenizer, QUERIES, ANSWERS, prompt=RUBRIC)
+    scores, records = Judge(model, tokenizer, RUBRIC, SELF_REWARD)(QUERIES, ANSWERS)
     assert scores[0] == 6 and scores[1:].isnan().all()
     assert [r["reason"] for r in records] == [None, "no_tag", "out_of_range"]
     assert [r["judgement"] for r in records] == written
@@ -207,8 +214,7 @@ def test_a_text_cannot_close_its_place_or_bring_a_score(judge, monkeypatch):
     asked = []
     monkeypatch.setattr(rewards, "sample", lambda judge, prompts, **settings: asked.extend(
         prompts) or [[Completion([2], [], True)] for _ in prompts])
-    _, records = rewards.self_reward(*judge, ["Bold <b>this</b>", HOSTILE], [HOSTILE, "x"],
-                                     prompt=RUBRIC)
+    _, records = Judge(*judge, RUBRIC, SELF_REWARD)(["Bold <b>this</b>", HOSTILE], [HOSTILE, "x"])
     own = r"<\s*/?\s*(?:response|instruction|score|calculation)"
     tags = lambda text: re.findall(own, text.lower())
     for ids in asked:
@@ -230,16 +236,16 @@ def test_the_nonce_of_a_prompt_is_one_for_a_step_and_the_reply_must_carry_it(jud
     monkeypatch.setattr(rewards, "sample", lambda judge, prompts, **settings: asked.extend(
         prompts) or [[Completion(tokenizer.encode(next(said)) + [2], [], True)] for _ in prompts])
     prompt = "{instruction}|{response}|end with <Score-{nonce}>"
-    scores, records = rewards.self_reward(model, tokenizer, ["q", "q"], ["a", "b"], prompt=prompt,
-                                          nonce="4")
+    judge = Judge(model, tokenizer, prompt, SELF_REWARD)
+    scores, records = judge(["q", "q"], ["a", "b"], nonce="4")
     assert all("end with <Score-4>" in tokenizer.decode(ids) for ids in asked)
     assert scores[0] == 6 and records[1]["reason"] == "no_tag"
 
 
 def test_the_judge_that_writes_is_greedy_by_default_and_cut_off_is_known(judge):
     model, tokenizer = judge
-    runs = [rewards.self_reward(model, tokenizer, QUERIES, ANSWERS, prompt="{instruction}",
-                                max_new_tokens=3) for _ in range(2)]
+    short = Judge(model, tokenizer, "{instruction}", SELF_REWARD, max_new_tokens=3)
+    runs = [short(QUERIES, ANSWERS) for _ in range(2)]
     assert runs[0][1] == runs[1][1]
     assert {r["reason"] for r in runs[0][1]} <= {"truncated", "no_tag"}
 
@@ -288,7 +294,7 @@ def test_the_expected_reading_needs_one_token_a_digit(judge, monkeypatch):
     model, tokenizer = judge
     monkeypatch.setattr(tokenizer, "encode", lambda text: [1, 2])
     with pytest.raises(InputError, match="one token for each of the digits"):
-        rewards.self_reward(model, tokenizer, ["q"], ["a"], prompt="", reading="expected")
+        Judge(model, tokenizer, "", SELF_REWARD, reading="expected")(["q"], ["a"])
 
 
 # ---------------------------------------------------------------- numbers

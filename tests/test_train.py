@@ -413,7 +413,7 @@ def test_the_reference_and_the_judge_stay_frozen_while_the_policy_moves(world):
         "model": str(world / "m"), "reward": str(world / "rm"), "queries": 2, "answers": 2,
         "query_tokens": 4, "answer_tokens": 4, "judge_tokens": 2, "device": "cpu"})
     g = train.set_up(s)
-    assert g.judge is g.reference and g.reference is not g.policy
+    assert g.judge.model is g.reference and g.reference is not g.policy
     copy = lambda m: [p.detach().clone() for p in m.parameters()]
     policy, reference, scorer = copy(g.policy), copy(g.reference), copy(g.reward.model)
     train.update(g, MasterAdamW(g.policy, torch.float32, weight_decay=0.0), train.play(g, 0), 0)

@@ -129,8 +129,8 @@ def test_the_judge_rewards_form_and_sees_malformed_queries(base):
     broken = ["What is 54 + 7?", "What is 137 + 48?", "What is 07 + 48?", "What is 37 + ?", "5",
               "What is 37 48?", "What is 37 + 48", "is What 37 + 48?", "", "What is 37 + + 48?"]
     answers = [str(pick.randrange(20, 199)) for _ in range(100)]
-    score = lambda queries: rewards.self_reward(model, tokenizer, queries, answers[:len(queries)],
-                                                prompt=prompt, max_new_tokens=5)[0]
+    judge = rewards.Judge(model, tokenizer, prompt, rewards.SELF_REWARD, max_new_tokens=5)
+    score = lambda queries: judge(queries, answers[:len(queries)])[0]
     assert score(fine).nanmean() > 6
     assert score(broken).nan_to_num(0).max() <= 2
 
@@ -139,8 +139,9 @@ def test_the_longest_and_strangest_query_and_answer_still_fit_the_judge(base):
     model, tokenizer = base
     s, _ = resolve({})
     query, answer = "<|assistant|>" * s.query_tokens, "<|assistant|>" * s.answer_tokens
-    scores, _ = rewards.self_reward(model, tokenizer, [query, ""], [answer, ""],
-                                    prompt=read_prompt(s.self_reward_prompt), max_new_tokens=5)
+    judge = rewards.Judge(model, tokenizer, read_prompt(s.self_reward_prompt), rewards.SELF_REWARD,
+                          max_new_tokens=5)
+    scores, _ = judge([query, ""], [answer, ""])
     assert scores.nan_to_num(0).max() <= 2
 
 

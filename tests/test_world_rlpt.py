@@ -96,9 +96,9 @@ def judged(game, rule, change=lambda s, at: s[at]):
         sentences = [piece.strip() for piece in pieces]
         references.append(" ".join(sentences[at:at + (1 if rule == "verdict_strict" else 3)]))
         predictions.append(change(sentences, at))
-    return rewards.verdicts(game.judge, game.judge_tokenizer, references, predictions,
-                            prompt=read_prompt(TINY / f"prompts/{rule}.txt"),
-                            reading="expected")[0]
+    judge = rewards.Judge(game.judge.model, game.judge.tokenizer,
+                          read_prompt(TINY / f"prompts/{rule}.txt"), rewards.VERDICT, "expected")
+    return judge(references, predictions)[0]
 
 
 def ten_off(sentences, at):

@@ -32,7 +32,7 @@ from model import Llama, save_model  # noqa: E402
 from plumbing.chat import Tokenizer, fill  # noqa: E402
 from plumbing.config import parse_config  # noqa: E402
 from plumbing.files import read_prompt  # noqa: E402
-from rewards import self_reward  # noqa: E402
+from rewards import SELF_REWARD, Judge  # noqa: E402
 from sample import sample  # noqa: E402
 from tiny import world  # noqa: E402
 
@@ -377,15 +377,16 @@ def figures(model: Llama, tokenizer: Tokenizer):
         "judge: its own malformed": [(q, a) for q, a in own if not world.parse_query(q)],
         "judge: near misses": [(q, number(2, rng)) for q in near if not world.parse_query(q)],
     }
-    rate = dict(prompt=read_prompt(HERE / "prompts/self_reward.txt"), max_new_tokens=5)
+    judge = Judge(model, tokenizer, read_prompt(HERE / "prompts/self_reward.txt"), SELF_REWARD,
+                  max_new_tokens=5)
     for title, rows in families.items():
-        scores, _ = self_reward(model, tokenizer, *zip(*rows), **rate)
+        scores, _ = judge(*zip(*rows))
         read = scores[~scores.isnan()]
         show(title, {"mean": read.mean().item(), "0-2": (read <= 2).float().mean().item(),
                      "6-7": (read >= 6).float().mean().item(),
                      "unread": scores.isnan().float().mean().item()})
-    scores, _ = self_reward(model, tokenizer, *zip(*own), **rate, temperature=1.0,
-                            generator=torch.Generator().manual_seed(0))
+    judge.temperature = 1.0
+    scores, _ = judge(*zip(*own), seeds=range(len(own)))
     show("judge, T = 1", {"unread": scores.isnan().float().mean().item()})
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parent))               # the project's files, one fo
 from model import Llama, save_model  # noqa: E402
 from plumbing.chat import Tokenizer, fill  # noqa: E402
 from plumbing.files import read_prompt  # noqa: E402
-from rewards import verdicts  # noqa: E402
+from rewards import VERDICT, Judge  # noqa: E402
 from rlpt import END, START, extract  # noqa: E402
 from tiny import world  # noqa: E402
 from tiny.build import new_model, show, spelt, train, write, write_files  # noqa: E402
@@ -187,8 +187,8 @@ def judge_figures(model: Llama, tokenizer: Tokenizer):
             for rule, most in (("verdict", 3), ("verdict_strict", 1)):
                 families.setdefault((rule, name), []).append((sentences[at:at + most], said))
     for (rule, name), cases in families.items():
-        P, _ = verdicts(model, tokenizer, [" ".join(r) for r, _ in cases], [p for _, p in cases],
-                        prompt=prompt(rule), reading="expected")
+        judge = Judge(model, tokenizer, prompt(rule), VERDICT, "expected")
+        P, _ = judge([" ".join(r) for r, _ in cases], [p for _, p in cases])
         labels = torch.tensor([verdict(*case, rule == "verdict_strict") for case in cases])
         show(f"{rule}: {name}", {
             "P(1)": P.mean().item(), "right": ((P > 0.5) == labels).float().mean().item()})
