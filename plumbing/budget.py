@@ -1,4 +1,4 @@
-"""What a run needs of memory, time and disk, before anything is allocated.
+"""What a run needs of memory, before anything is allocated.
 
     python train.py --model llama-3.2-3b --dry-run --gpu-memory 24
     plan = Plan(s, models, code)          # models: Config by role, from config.json alone
@@ -7,8 +7,7 @@
 Weights, gradients, AdamW's moments and the cache are exact arithmetic. Everything else is measured:
 the run's own functions (`code`, from train.py) are executed on meta tensors, which have shapes and
 no memory, and Live counts the bytes of all storages that exist at once. Lengths are at their
-limits: a run whose texts end early needs less. GB are 1e9 bytes of tensors, as
-torch.cuda.max_memory_allocated counts them. CUDA itself takes about 0.5 GB more.
+limits: a run whose texts end early needs less. GB are 1e9 bytes.
 Shapes: N queries, G answers, B rows of a pass, S tokens of a prompt, T of a completion.
 """
 import math
@@ -26,8 +25,9 @@ from plumbing.config import Config
 from plumbing.files import HERE, InputError, pick_device, read_prompt
 from plumbing.memory import BLOCK
 
+CUDA = 0.7e9                 # bytes of CUDA's context, kernels and cuBLAS workspaces
 # What must stay free: a fraction of the memory for the allocator's gaps, and a fraction of what is
-# measured for what differs between the meta kernels and the real ones.
+# measured, for the meta kernels are not the real ones.
 SPARE_MEMORY, SPARE_WORK = 0.03, 0.1
 BATCH_TOKENS = [2**k for k in range(18, 11, -1)]         # what sized() tries
 MICRO_BATCH_TOKENS = [2**k for k in range(13, 8, -1)]
@@ -35,11 +35,6 @@ TURN = 40                    # tokens that a chat template adds to a text, Llama
 LETTERS = 3.5                # of a token. English prose has about 4; our prompts have 3.7 to 4.3
 SEGMENT = 64                 # tokens of a long sentence
 STATIC = ("policy", "reference", "judge", "reward model", "masters", "gradients", "moments")
-# Data sheets, bytes/s and dense bf16 FLOP/s, by GB; the fractions of them that are assumed; bytes/s
-# between host and GPU.
-CARDS = ((70, "H100 80 GB", 3.35e12, 989e12), (40, "L40S", 0.86e12, 362e12),
-         (20, "RTX 4090", 1.01e12, 165e12), (0, "RTX 4080", 0.72e12, 98e12))
-DECODE, PRODUCTS, LINK = 0.5, 0.4, 2e10
 MEASURED = {}                # bytes by what was executed: nothing is executed twice
 
 
@@ -106,14 +101,14 @@ class Machine:
 
 def machine(s) -> Machine:
     """The GPU at hand, or the one that --gpu-memory imagines for a dry run, or this host."""
-    given = f"--gpu-memory {s.gpu_memory:g}"
+    given = f"--gpu-memory {s.gpu_memory:g} less {CUDA / 1e9:g} of CUDA's own"
     if s.dry_run and s.gpu_memory and not (s.device in ("auto", "cuda")
                                            and torch.cuda.is_available()):
-        return Machine("cuda", 2, s.gpu_memory * 1e9, given)
+        return Machine("cuda", 2, s.gpu_memory * 1e9 - CUDA, given)
     device, dtype = pick_device(s.device)
+    if device.type == "cuda" and s.gpu_memory:
+        return Machine("cuda", dtype.itemsize, s.gpu_memory * 1e9 - CUDA, given)
     if device.type == "cuda":
-        if s.gpu_memory:
-            return Machine("cuda", dtype.itemsize, s.gpu_memory * 1e9, given)
         return Machine("cuda", dtype.itemsize, torch.cuda.mem_get_info()[0],
                        "free on " + torch.cuda.get_device_name())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -136,16 +131,13 @@ def prompt_lengths(s) -> dict[str, int]:
             "judge": TURN + count(judge), "rubric": count(judge.split("{")[0]), "shown": shown}
 
 
-def body(c: Config) -> int:
-    """Weights of the blocks and the last norm: all but embedding and head."""
+def parameters(c: Config) -> int:
+    """How many weights a model has."""
     heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     block = c.hidden_size * (heads + 3 * c.intermediate_size + 2)
-    return c.num_hidden_layers * block + c.hidden_size
-
-
-def parameters(c: Config) -> int:
     tables = 1 if c.tie_word_embeddings or c.scalar_head else 2
-    return body(c) + c.vocab_size * c.hidden_size * tables + c.hidden_size * c.scalar_head
+    return (c.num_hidden_layers * block + c.vocab_size * c.hidden_size * tables
+            + c.hidden_size * (1 + c.scalar_head))
 
 
 def token_cache(c: Config, width: int) -> int:
@@ -297,11 +289,15 @@ class Plan:
         return working + sum(frozen) + count * (8 + 4 * (width < 4))
 
     def missing(self, s, names=None) -> float:
-        """Bytes by which these phases (default: all) exceed the memory, spare room included."""
-        usable = (1 - SPARE_MEMORY) * self.machine.memory
-        return max(sum(size if part in STATIC else (1 + SPARE_WORK) * size
-                       for part, size in parts.items()) - usable
-                   for name, parts in self.phases(s).items() if names is None or name in names)
+        """Bytes by which these phases (default: all) exceed the memory, the spare included."""
+        phases = self.phases(s)
+        return max(sum(phases[name].values()) + self.spare(phases[name]) - self.machine.memory
+                   for name in phases if names is None or name in names)
+
+    def spare(self, parts: dict) -> float:
+        """Bytes that must stay free beside a phase's tensors."""
+        work = sum(size for part, size in parts.items() if part not in STATIC)
+        return SPARE_MEMORY * self.machine.memory + SPARE_WORK * work
 
     def largest(self, s, fixed=()):
         """Settings with the largest sizes that fit; those that are fixed stay, and so do all where
@@ -332,55 +328,19 @@ class Plan:
         short = self.missing(s)
         if short <= 0:
             return "fits"
-        tries = [{}, {"checkpointing": True}] + [{"offload": True}, {
-            "offload": True, "checkpointing": True}] * (self.machine.device == "cuda")
-        for change in tries:
+        said = f"does not fit, {short / 1e9:.1f} GB short"
+        for change in ({}, {"checkpointing": True}, {"offload": True},
+                       {"offload": True, "checkpointing": True}):
             tried = self.largest(replace(s, **change))
             sizes = ("batch_tokens", "micro_batch_tokens")       # they need not grow
             tried = replace(tried, **{k: min(getattr(tried, k), getattr(s, k)) for k in sizes})
             if self.missing(tried) <= 0:
                 flags = [f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
                          for key, value in vars(tried).items() if value != getattr(s, key)]
-                return (f"does not fit, {short / 1e9:.1f} GB short: {' '.join(flags)} "
-                        "would make it fit")
-        least = replace(tried, batch_tokens=BATCH_TOKENS[-1],
-                        micro_batch_tokens=MICRO_BATCH_TOKENS[-1])
-        flags = " ".join("--" + key for key in tries[-1])
-        return (f"does not fit, {short / 1e9:.1f} GB short; with {flags} and the smallest sizes "
-                f"still {self.missing(least) / 1e9:.1f} GB short")
+                return f"{said}: {' '.join(flags)} would make it fit"
+        return f"{said}, and with --checkpointing --offload {self.missing(tried) / 1e9:.1f}"
 
-    # ------------------------------------------------------------ time, disk
-
-    def seconds(self, s) -> float:
-        """Estimated seconds of a step on a card of this size when every text runs to its limit.
-
-        Decoding reads the weights once a token and batch, and the cache as far as it is filled. A
-        product takes two FLOPs a weight and token, a backward pass twice its forward pass. AdamW
-        reads and writes 28 bytes a weight. --offload moves masters, moments and each model once.
-        """
-        N, G, text, models = s.queries, s.answers, self.text, self.models
-        c, judge = models["policy"], models.get("judge", models.get("reference"))
-        own, asked, pairs = text["challenger"], TURN + s.query_tokens, N * G
-        pair = text["judge"] + text["shown"] + s.answer_tokens
-        written = [(c, pairs, asked, s.answer_tokens)]                       # model, rows, S, T
-        written += [(c, N, own, s.query_tokens)] * bool(own)
-        written += [(judge, pairs, pair, s.judge_tokens)] * (s.reading == "generate")
-        weights = lambda c: body(c) + c.vocab_size * c.hidden_size
-        read = sum(weights(c) * T * math.ceil(rows * (S + T) / s.batch_tokens) * self.machine.width
-                   + token_cache(c, self.machine.width) * rows * T * (S + T / 2)
-                   for c, rows, S, T in written) + 28 * parameters(c)
-        learnt = N * (asked + s.query_tokens * bool(own)) + own + pairs * s.answer_tokens
-        passes = (4 if s.checkpointing else 3) + bool(s.beta) + ("reward model" in models)
-        flops = 2 * weights(c) * learnt * passes
-        flops += 2 * body(judge) * pairs * (pair - text["rubric"]) if s.reading else 0
-        moved = s.offload * (24 * parameters(c) + self.machine.width * sum(map(parameters,
-                                                                               models.values())))
-        bytes_a_second, flops_a_second = self.card[1:]
-        return read / bytes_a_second / DECODE + flops / flops_a_second / PRODUCTS + moved / LINK
-
-    @property
-    def card(self) -> tuple:
-        return next(card[1:] for card in CARDS if self.machine.memory / 1e9 >= card[0])
+    # ------------------------------------------------------------ in words
 
     def checkpoint_bytes(self) -> int:
         """Weights as they are stored, moments, and masters where the weights are rounded ones."""
@@ -389,19 +349,19 @@ class Plan:
         masters = 4 * (min(stored, self.machine.width) < 4)
         return parameters(c) * (stored + 8 + masters) + 2**20
 
-    # ------------------------------------------------------------ in words
-
     def table(self, s) -> str:
         """Phases as columns, parts as rows; the last column is host memory."""
-        columns = self.phases(s) | ({"host": self.host(s)} if self.host(s) else {})
-        totals = [sum(parts.values()) for parts in columns.values()]
-        unit = 1e9 if max(totals) > 1e9 else 1e6
-        line = lambda name, sizes: f"{name:18}" + "".join(
-            f"{size / unit:10.2f}" if size else f"{'-':>10}" for size in sizes)
-        head = f"{'GB' if unit == 1e9 else 'MB':18}" + "".join(f"{name:>10}" for name in columns)
-        names = dict.fromkeys(part for parts in columns.values() for part in parts)
-        return "\n".join([head, *(line(name, [parts.get(name, 0) for parts in columns.values()])
-                                  for name in names), line("peak", totals)])
+        columns = {name: parts | {"to stay free": self.spare(parts)}
+                   for name, parts in self.phases(s).items()}
+        columns |= {"host": self.host(s)} if self.host(s) else {}
+        unit, name = (1e9, "GB") if self.machine.memory > 1e9 else (1e6, "MB")
+        names = [*dict.fromkeys(part for parts in columns.values() for part in parts), "sum"]
+        rows = [f"{name:18}" + "".join(f"{column:>10}" for column in columns)]
+        for part in names:
+            sizes = [sum(parts.values()) if part == "sum" else parts.get(part, 0)
+                     for parts in columns.values()]
+            rows.append(f"{part:18}" + "".join(f"{size / unit:10.2f}" for size in sizes))
+        return "\n".join(rows)
 
     def opening(self, s) -> str:
         """The table in one line, for the start of a run."""
@@ -420,12 +380,6 @@ class Plan:
               f"{'bf16' if m.width == 2 else 'fp32'}; 1e9 parameters: {roles}\n"
               f"--batch-tokens {s.batch_tokens}  --micro-batch-tokens {s.micro_batch_tokens}"
               f"{switches}\n\n{self.table(s)}\n\n{m.memory / 1e9:.1f} GB ({m.source}): {verdict}")
-        if m.device == "cuda":
-            step = self.seconds(s)
-            print(f"about {step:.0f} s a step, {step * s.steps / 3600:.1f} h for {s.steps} steps, "
-                  "if every text runs to its limit\n"
-                  f"  and a {self.card[0]} reaches {DECODE:.0%} of its data sheet's bandwidth and "
-                  f"{PRODUCTS:.0%} of its FLOP/s")
         kept = s.keep + 1 if s.keep else s.steps // s.save_every
         print(f"a checkpoint takes {checkpoint:.1f} GB of disk, the run {kept * checkpoint:.1f} GB")
         return 0 if verdict == "fits" else 3

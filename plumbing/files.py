@@ -1,10 +1,11 @@
 """What a reader may skip: bad input in one line, JSON and prompt files,
 named models and the hub, devices."""
-import importlib.util
 import json
 import os
 import re
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from huggingface_hub import errors, snapshot_download  # comes with tokenizers
@@ -190,10 +191,10 @@ def load_function(spec: str):
     """The function that FILE:FUNCTION names; InputError where there is none."""
     path, _, name = spec.rpartition(":")
     check_regular(Path(path))
+    loader = SourceFileLoader(Path(path).stem, path)
+    module = ModuleType(loader.name)
     try:
-        module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
+        loader.exec_module(module)
     except (OSError, SyntaxError, ImportError) as error:
         raise InputError(f"{path}: {error}") from None
     if not callable(getattr(module, name, None)):

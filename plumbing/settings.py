@@ -39,7 +39,8 @@ class Settings:
     algo: str = setting("lsp", "lsp: with self-reward; lsp-zero: without; grpo: on --prompts; "
                         "rlpt: on --text", choices=("lsp", "lsp-zero", "grpo", "rlpt"))
     reward: str = setting("skywork-v2-3b", "R: a reward model's name, directory or hub id; exact "
-                          "(last number against the gold answer); tiny (the embedded sums)")
+                          "or math (against the gold answer); tiny (the embedded sums); "
+                          "FILE:FUNCTION (your own)")
     reward_scale: float = setting(1.0, "R is multiplied by it, to stand beside R_Q's 0..7", 0)
     reference: str | None = setting(None, "frozen model of the KL term (default: the start)")
     judge: str | None = setting(None, "frozen model of the self-reward, or of rlpt's verdict "
@@ -205,6 +206,8 @@ def resolve(given: dict) -> tuple[Settings, dict]:
         place = getattr(s, key)
         if place and place not in NAMES and os.path.exists(place):
             setattr(s, key, os.path.abspath(place))
+    file, colon, function = s.reward.rpartition(":")
+    s.reward = os.path.abspath(file) + colon + function if colon else s.reward
     check(s)
     return s, preset
 

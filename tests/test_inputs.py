@@ -147,7 +147,7 @@ def test_every_number_is_refused_below_and_above_its_range(folder, monkeypatch, 
     (["--algo", "grpo", "--prompts", "long.json"], "long.json, entry 2: the prompt has "),
     (["--eval-prompts", "long.jsonl"], "long.jsonl, line 3: the prompt has "),
     (["--challenger-prompt", "long.txt"], "long.txt: the prompt has "),
-    (["--query-tokens", "900", "--answer-tokens", "1500"], "--query-tokens 900 and --answer-tokens 1500: "),
+    (["--query-tokens", "900", "--answer-tokens", "1500"], "holds 2048 in all"),
     (["--judge-tokens", "2000"], "self_reward.txt: the prompt has "),
     (["--judge", "short"], "self_reward.txt: the prompt has "),
 ])
@@ -394,6 +394,23 @@ def test_what_a_judge_or_a_reward_model_has_no_room_for_is_cut_and_counted(tmp_p
             judge, tokenizer, "Rate {instruction}: {response}", rewards.SELF_REWARD,
             reading=reading, max_new_tokens=4)(queries, answers)
         assert len(scores) == 3 and [r["shortened"] for r in records] == [False, True, True]
+
+
+def test_a_reward_can_be_a_function_of_a_file(tmp_path, monkeypatch, capsys):
+    """(queries, answers, golds) -> (len,); the embedded world stays, with its held-out sums."""
+    (tmp_path / "mine.py").write_text(
+        "def short(queries, answers, golds):\n    return [float(len(a) < 3) for a in answers]\n")
+    monkeypatch.chdir(tmp_path)
+    s, _ = resolve({"reward": "mine.py:short", "queries": 4, "answers": 2})
+    assert s.reward == f"{tmp_path / 'mine.py'}:short"              # --resume works from elsewhere
+    game = train.set_up(s)
+    r = train.play(game, 0)
+    assert r.R.tolist() == [[float(len(a) < 3) for a in group] for group in r.answers]
+    assert game.world is not None and game.sources["--reward"] == tmp_path / "mine.py"
+    for spec, why in (("none.py:short", "No such file"), ("mine.py:long", "no function long"),
+                      (":short", "not a regular file")):
+        with pytest.raises(InputError, match=why):
+            train.set_up(resolve({"reward": spec})[0])
 
 
 # ---------------------------------------------------------------- degenerate play
