@@ -73,9 +73,8 @@ def folder_of(place: Path):
     for entry in ROOT.iterdir():
         if entry.name not in ("runs", "results") and not entry.name.startswith("."):
             (place / entry.name).symlink_to(entry)
-    block = re.search(r"((?: {4}.*\n|\n)+?) {4}cli\.run_script\(train\.main\)\n",
-                      DOCUMENTS["README.md"])[0]
-    (place / "my_reward.py").write_text(re.sub(r"^ {4}", "", block, flags=re.MULTILINE))
+    block = re.search(r" {4}def three_digits.*\n.*\n", DOCUMENTS["README.md"])[0]
+    (place / "my_rewards.py").write_text(re.sub(r"^ {4}", "", block, flags=re.MULTILINE))
 
 
 def run(command: str) -> tuple[int, str]:
@@ -87,7 +86,7 @@ def run(command: str) -> tuple[int, str]:
         return 0, ""
     script, words = script_of(command)
     words = [name for word in words for name in sorted(glob.glob(word)) or [word]]
-    if script in ("train.py", "my_reward.py") and not {"--watch", "--resume"} & set(words):
+    if script == "train.py" and not {"--watch", "--resume"} & set(words):
         words = [w for i, w in enumerate(words)
                  if "--steps" not in words[max(0, i - 1):i + 1]] + ["--steps", "1"]
     said, before, path = io.StringIO(), sys.argv, list(sys.path)

@@ -33,13 +33,14 @@ def test_the_curves_that_lectures_expect_are_those_of_the_kept_runs():
     assert len(lsp) == len(zero) == 5
     last = lambda runs, kind, key: [run[-1][kind][key] for run in runs]
     between = lambda values: (f"{min(values):.2f}"[1:], f"{max(values):.2f}"[1:])
-    assert between(last(lsp, "accuracy", "carry")) == (".92", ".96") and ".02 to .92-.96" in FLAT
+    assert between(last(lsp, "accuracy", "carry")) == (".88", ".97") and ".02 to .88-.97" in FLAT
     assert between(last(zero, "accuracy", "carry")) == (".15", ".58") and ".15-.58" in FLAT
-    assert max(last(lsp, "challenger", "malformed")) < 0.03 and "stay below .03" in FLAT
+    assert max(last(lsp, "challenger", "malformed")) < 0.04 and "stay below .04" in FLAT
     assert min(last(zero, "challenger", "malformed")) > 0.96 and "above .96" in FLAT
-    assert min(last(lsp, "accuracy", "none")) > 0.98 and "at .98 or more" in FLAT
+    assert min(last(lsp, "accuracy", "none")) > 0.99 and "at .99 or more" in FLAT
     dips = [min(e["accuracy"]["none"] for e in run) for run in lsp]
-    assert sum(dip < 0.36 for dip in dips) == 1 and "(to .35 in one seed)" in FLAT
+    assert [f"{dip:.2f}" for dip in dips if dip < 0.36] == ["0.29"]
+    assert "(to .29 in one seed)" in FLAT
     sound = [json.loads(f.read_text().splitlines()[-1])["challenger"]["malformed"]
              for f in (ROOT / "bench/results/break_it").glob("nothing-?/eval.jsonl")]
     assert max(sound) == 0.033 and "malformed share reaches .033 in seeds 1 to 3" in FLAT

@@ -1,6 +1,6 @@
 """A reward without any model or gold answer: short answers that end, and do not repeat themselves.
 
-    python train.py --model smollm2-135m --algo lsp-zero --reward course/rewards/finished.py:finished
+    python train.py --model smollm2-135m --reward course/rewards/finished.py:finished
 
 A truncated answer earns what the empty answer earns, so 0: train.py sees to that for every reward
 that is a function.
