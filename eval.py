@@ -59,9 +59,9 @@ def answer(args, queries: list[str], done: set[int], samples: int = 1):
         return
     device, dtype = pick_device(args.device, path)
     tokenizer = Tokenizer(path)
-    strange = next((s for i in left if (s := tokenizer.unspelt(queries[i])) is not None), None)
+    strange = next((s for i in left if (s := tokenizer.unencodable(queries[i])) is not None), None)
     if strange is not None:
-        raise InputError(f"the tokenizer of {args.model} cannot spell {strange!r}")
+        raise InputError(f"the tokenizer of {args.model} cannot encode {strange!r}")
     model = load_model(path, device=device, dtype=dtype)
     if model.config.scalar_head:
         raise InputError(f"--model {args.model} is a reward model, which cannot write")

@@ -68,14 +68,14 @@ class RewardModel:
     token of the chat-formatted pair (query as the user's turn, answer as the assistant's).
 
     A pair that its context does not hold is scored without the end of the answer (chat.fit);
-    `shortened` says for how many pairs of the last call, `tokens` how many these pairs had.
+    `truncated_inputs` says for how many pairs of the last call, `tokens` how many these pairs had.
     """
 
     def __init__(self, path, *, device="cpu", dtype=torch.float32, batch_tokens: int = 16384):
         self.tokenizer = Tokenizer(path)
         self.model = load_model(path, device=device, dtype=dtype)
         self.batch_tokens = batch_tokens
-        self.shortened = self.tokens = 0
+        self.truncated_inputs = self.tokens = 0
         if not self.model.config.scalar_head:
             raise InputError(f"{path}: not a reward model (config.json asks for no "
                              "LlamaForSequenceClassification)")
@@ -86,7 +86,7 @@ class RewardModel:
         fitted = fit(self.tokenizer, list(zip(queries, answers)), turns,
                      self.model.config.max_position_embeddings, generation_prompt=False)
         rows = [ids for ids, _, _ in fitted]
-        self.shortened, self.tokens = sum(cut for _, _, cut in fitted), sum(map(len, rows))
+        self.truncated_inputs, self.tokens = sum(cut for _, _, cut in fitted), sum(map(len, rows))
         hidden = last_hidden(self.model, rows, queries, self.batch_tokens)   # (M, D)
         with torch.no_grad():
             return self.model.score(hidden).float().cpu()
@@ -164,7 +164,7 @@ class Judge:
         seeds: a random stream for each pair, where the judge samples; equal pairs with equal
         streams (or none) are judged once. Texts are shown without the judge's
         own tags (chat.without_tags). A pair that the context does not hold loses the end of its
-        second text (chat.fit). Records: shortened and tags say whether these two happened;
+        second text (chat.fit). Records: truncated_inputs and tags say whether these two happened;
         judge_tokens counts the tokens read and written; generate adds judgement (the reply) and
         reason (None, or why it is unparsed); expected adds mass, the probability of all scores
         together (below .5 the judge wanted to say something else).
@@ -182,7 +182,7 @@ class Judge:
         read = self.expected if self.reading == "expected" else self.generate
         scores, records = read([ids for ids, _, _ in fitted], list(distinct), tag)
         for record, key, texts, (_, _, cut) in zip(records, distinct, shown, fitted):
-            record |= {"shortened": cut, "tags": texts != list(key[:2])}
+            record |= {"input_truncated": cut, "tags": texts != list(key[:2])}
         at = [distinct[key] for key in asked]
         return torch.tensor(scores)[at], [records[i] for i in at]
 

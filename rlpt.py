@@ -38,7 +38,7 @@ class Episode(NamedTuple):
     query: str              # the prompt: instructions and context
     gold: str               # the reference: what really follows
     kind: str               # "asr" or "msr"
-    shortened: bool         # its context lost its beginning
+    truncated: bool         # its context lost its beginning
 
 
 def open_texts(game, start: Path):
@@ -82,7 +82,7 @@ def draw_episodes(game, step: int) -> list[Episode]:
 
 def pose(game, kind: str, pieces: list[str], i: int) -> Episode | None:
     """The episode that asks for segment i, with as many of those before it as fit into
-    --query-tokens; None if not even the last one does. InputError for text that cannot be spelt."""
+    --query-tokens; None if not even the last one does. InputError for what cannot be encoded."""
     s = game.settings
 
     def query(count):
@@ -101,8 +101,8 @@ def pose(game, kind: str, pieces: list[str], i: int) -> Episode | None:
         kept, over = (middle, over) if fits(middle) else (kept, middle)
     if not kept:
         return None
-    if (strange := game.tokenizer.unspelt(query(kept))) is not None:
-        raise InputError(f"--text {s.text}: the model's tokenizer cannot spell {strange!r}")
+    if (strange := game.tokenizer.unencodable(query(kept))) is not None:
+        raise InputError(f"--text {s.text}: the model's tokenizer cannot encode {strange!r}")
     following = pieces[i:i + (1 if s.strict else s.reference_segments)]
     # Nothing that is no sentence, such as a table, which would fill the judge's context.
     reference = takewhile(lambda piece: len(piece) <= LONGEST, following)
@@ -159,7 +159,7 @@ def verdicts(game, golds: list[str], answers: list[str], nonce: str) -> tuple[Te
                                     seeds=streams if s.judge_temperature else None, nonce=nonce)
     else:
         scores = torch.tensor([float(game.world.verdict(*pair)) for pair in pairs])
-        judged = [{"shortened": False} for _ in pairs]
+        judged = [{"input_truncated": False} for _ in pairs]
     R = torch.zeros(len(answers))
     R[at] = scores.nan_to_num(0.0)
     records = [{"prediction": prediction, "failure": failure} for prediction, failure in extracted]

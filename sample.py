@@ -78,10 +78,10 @@ def sample(model: Llama, prompts: list[list[int]], *, num_samples: int = 1,
     # Prompts of like length together, for little padding;
     # a prompt's samples stay neighbours and share its prefill.
     length = lambda i: len(prompts[i // num_samples])
-    room = lambda rows: len(rows) * max(length(i) + limits[i] for i in rows)
+    size = lambda rows: len(rows) * max(length(i) + limits[i] for i in rows)
     waiting = sorted(range(total), key=length)
     while waiting:
-        rows = take_batch(waiting, room, batch_tokens)
+        rows = take_batch(waiting, size, batch_tokens)
         steps = decode(model, [prompts[i // num_samples] for i in rows],
                        limits=[limits[i] for i in rows], seeds=[seeds[i] for i in rows],
                        temperature=temperature, stop_ids=stop_ids)
@@ -257,15 +257,15 @@ def stream(model: Llama, tokenizer: Tokenizer, messages: list[dict], *, max_new_
            temperature: float, seed: int) -> str:
     """Print an answer as it is written, and return it."""
     ids, shown = [], ""
-    strange = tokenizer.unspelt(messages[-1]["content"])
+    strange = tokenizer.unencodable(messages[-1]["content"])
     if strange is not None:
-        raise InputError(f"this model's tokenizer cannot spell {strange!r}")
+        raise InputError(f"this model's tokenizer cannot encode {strange!r}")
     prompt = tokenizer.chat(messages)
-    room = model.config.max_position_embeddings - len(prompt)
-    if room < 1:
+    free = model.config.max_position_embeddings - len(prompt)
+    if free < 1:
         raise InputError(f"the conversation has {len(prompt)} tokens, the model's context "
                          f"{model.config.max_position_embeddings}")
-    for _, token, logp in decode(model, [prompt], limits=[min(max_new_tokens, room)], seeds=[seed],
+    for _, token, logp in decode(model, [prompt], limits=[min(max_new_tokens, free)], seeds=[seed],
                               temperature=temperature, stop_ids=tokenizer.stop_ids):
         check_finite(logp.tolist())
         if token.item() in tokenizer.stop_ids:

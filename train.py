@@ -40,7 +40,7 @@ from plumbing.chat import fit
 from plumbing.data import check_data, draw, opening, read_data, seeds
 from plumbing.files import InputError, pick_device
 from plumbing.logprobs import log_probs
-from plumbing.memory import MasterAdamW, Stage, limit_memory, rest
+from plumbing.memory import MasterAdamW, Stage, limit_memory, to_host
 from plumbing.phases import Phases, StopRequest
 from plumbing.runs import read_lines
 from plumbing.settings import Settings, model_paths, resolve, run_name
@@ -59,18 +59,18 @@ rewards.CHECKS["tiny"] = tiny_world.reward         # the embedded sums check the
 class Round:
     """One round of play: N queries, and G answers to each. Under torchrun a process first has the
     round of its own n queries, then the whole."""
-    queries: list[str]                              # as they were asked (see `shortened`)
+    queries: list[str]                              # as they were asked (see `truncated_inputs`)
     golds: list[str | None]                         # reference answers, where the data has them
     kinds: list[str] | None                         # rlpt: asr or msr
     query_rows: list[Completion]                    # (N)    empty where the queries are given
-    shortened: dict[str, int]                       # inputs that were truncated, by what they are
+    truncated_inputs: dict[str, int]                # how many, by what they are
     solver_prompts: list[list[int]] = ()            # (N)
     answer_rows: list[list[Completion]] = ()        # (N, G)
     answers: list[list[str]] = ()                   # (N, G)
     R: Tensor | None = None                         # (N, G) before --reward-scale
     R_Q: Tensor | None = None                       # (N, G) None without a self-reward
     judgements: list[dict] = ()                     # (N * G), empty without a judge
-    kept: Tensor | None = None                      # (N,)   False: held out for evaluation
+    learn: Tensor | None = None                      # (N,)   False: held out for evaluation
     A_sol: Tensor | None = None                     # (N, G)
     A_ch: Tensor | None = None                      # (N,)   None where the queries are given
     seconds: dict[str, float] = field(default_factory=dict)      # by phase
@@ -105,7 +105,7 @@ def play(game: "Game", step: int) -> Round:
         fitted = fit(game.tokenizer, [(q,) for q in r.queries],
                      lambda q: [{"role": "user", "content": q}], context - s.answer_tokens)
         r.solver_prompts, r.queries = [ids for ids, _, _ in fitted], [q for _, (q,), _ in fitted]
-        r.shortened["queries"] = sum(cut for _, _, cut in fitted)
+        r.truncated_inputs["queries"] = sum(cut for _, _, cut in fitted)
         r.answer_rows = sample(game.policy, r.solver_prompts, num_samples=G,
                                seeds=seeds(s.seed, step, "solve", s.queries * G)[answered],
                                max_new_tokens=s.answer_tokens, **game.sampling)
@@ -119,7 +119,7 @@ def play(game: "Game", step: int) -> Round:
         with game.phase("reward", getattr(game.reward, "model", None)):
             stopped = torch.tensor([row.stopped for group in r.answer_rows for row in group])
             R = rewards.score(game.reward, queries, answers, golds, stopped)             # (n*G,)
-            r.shortened["rewarded"] = getattr(game.reward, "shortened", 0)
+            r.truncated_inputs["rewarded"] = getattr(game.reward, "truncated_inputs", 0)
     r.R = R.view(-1, G)                                                                  # (n, G)
     if s.self_reward:
         streams = seeds(s.seed, step, "judge", s.queries * G)[answered]
@@ -127,17 +127,17 @@ def play(game: "Game", step: int) -> Round:
             R_Q, r.judgements = game.judge(queries, answers, nonce=nonce,
                                            seeds=streams if s.judge_temperature else None)
         r.R_Q = rewards.fill_unparsed(R_Q.view(-1, G))                                   # (n, G)
-    r.shortened["judged"] = sum(judged.get("shortened", False) for judged in r.judgements)
+    r.truncated_inputs["judged"] = sum(j.get("input_truncated", False) for j in r.judgements)
     r = ranks.gather(r)                            # from here on every process knows all N queries
     r.seconds = game.phase.seconds
-    r.kept = torch.tensor([not (game.world and game.world.is_held_out(q)) for q in r.queries])
-    R, R_Q = s.reward_scale * r.R[r.kept], None if r.R_Q is None else r.R_Q[r.kept]
+    r.learn = torch.tensor([not (game.world and game.world.is_held_out(q)) for q in r.queries])
+    R, R_Q = s.reward_scale * r.R[r.learn], None if r.R_Q is None else r.R_Q[r.learn]
     r.A_sol = torch.zeros_like(r.R)                                                      # (N, G)
-    r.A_sol[r.kept] = lsp.solver_advantages(R, R_Q)                                      # Eq. 3
+    r.A_sol[r.learn] = lsp.solver_advantages(R, R_Q)                                      # Eq. 3
     if r.query_rows:
         r.A_ch = torch.zeros(len(r.queries))                                             # (N,)
         if len(R) > 1:
-            r.A_ch[r.kept] = lsp.challenger_advantages(R, R_Q)                           # Eq. 3
+            r.A_ch[r.learn] = lsp.challenger_advantages(R, R_Q)                           # Eq. 3
     return r
 
 
@@ -163,8 +163,8 @@ def learning_rate(s: Settings, step: int) -> float:
 def update(game: "Game", optimizer: MasterAdamW, r: Round, step: int) -> dict:
     """One gradient step on L = L_Sol + alpha_Ch * L_Ch; returns its metrics. Where the gradient is
     not finite, nothing moves, and "faults" names the samples with such a reward or log-prob."""
-    s, count, rate = game.settings, int(r.kept.sum()), learning_rate(game.settings, step)
-    mine = [n for n in range(len(r.queries))[ranks.slice_of(len(r.queries))] if r.kept[n]]
+    s, count, rate = game.settings, int(r.learn.sum()), learning_rate(game.settings, step)
+    mine = [n for n in range(len(r.queries))[ranks.slice_of(len(r.queries))] if r.learn[n]]
     solver = [Row(r.solver_prompts[n], completion, A) for n in mine
               for completion, A in zip(r.answer_rows[n], r.A_sol[n].tolist())]
     challenger = [Row(game.challenger_prompt, r.query_rows[n], r.A_ch[n].item())
@@ -223,8 +223,8 @@ def batch_loss(policy: Llama, batch: list[Row], s: Settings, count: int) -> tupl
     loss, sums = lsp.policy_loss(logp, ref_logp, advantages, mask, beta=s.beta, kl=s.kl,
                                  count=count)
     sampled, _ = pad([row.completion.logp for row in batch], logp.device, logp.dtype)    # (B, T)
-    gap = ((logp.detach() - sampled).abs() * mask).sum()
-    return loss, sums | {"gap": gap, "loss": loss.detach()}
+    difference = ((logp.detach() - sampled).abs() * mask).sum()
+    return loss, sums | {"difference": difference, "loss": loss.detach()}
 
 
 def accumulate(game: "Game", rows: list[Row], weight: float, count: int | None = None) -> Counter:
@@ -352,7 +352,7 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     if s.offload:
         game.phase.stage = Stage(device, dtype)
         for model in frozen - {None}:
-            rest(model)                        # the policy: MasterAdamW
+            to_host(model)                        # the policy: MasterAdamW
     return game
 
 

@@ -249,7 +249,7 @@ def use_tokenizer(folder: Path):
     ids = tokenizer.chat(TURN)
     tokenizer.decode(ids)
     assert all(0 <= i < 300 for i in [*ids, *tokenizer.encode("a<|start|>b")])
-    assert tokenizer.unspelt("ab") is None or "ab"
+    assert tokenizer.unencodable("ab") is None or "ab"
 
 
 def use_prompts(folder: Path):

@@ -31,7 +31,7 @@ from model import Llama, parse_config
 from plumbing.chat import Tokenizer
 from plumbing.cli import Parser, run_script
 from plumbing.files import InputError, pick_device
-from plumbing.memory import MasterAdamW, Stage, rest
+from plumbing.memory import MasterAdamW, Stage, to_host
 from plumbing.phases import Phases, out_of_memory
 from plumbing.runs import append_line
 from plumbing.settings import ALGOS, MODELS, Settings, resolve
@@ -177,17 +177,17 @@ def step_game(args, s: Settings, folder: Path) -> tuple[Game, MasterAdamW]:
     text = lambda count: " ".join(["w2"] * count)
     game = Game(s, None, tokenizer, phase=Measured(args), challenger_prompt=[2] * CHALLENGER)
     scorer = object.__new__(RewardModel)           # __init__ reads files
-    scorer.tokenizer, scorer.shortened = tokenizer, 0
+    scorer.tokenizer, scorer.truncated_inputs = tokenizer, 0
     scorer.batch_tokens, game.reward = min(16384, s.batch_tokens), scorer
     scorer.model = random_llama(args, head=True, seed=1)
     if offload:
-        rest(scorer.model)                         # before the next one is made
+        to_host(scorer.model)                         # before the next one is made
     game.reference = random_llama(args, seed=2)
     prompt = f"{text(RUBRIC[0])} {{instruction}} {{response}} {text(RUBRIC[1])}"
     game.judge = Judge(game.reference, tokenizer, prompt, SELF_REWARD, s.self_reward,
                        s.judge_temperature, s.judge_tokens, s.batch_tokens)
     if offload:
-        rest(game.reference)
+        to_host(game.reference)
     game.policy = random_llama(args, seed=2, dtype=torch.float32)
     game.policy.checkpointing = s.checkpointing
     if offload:
@@ -225,8 +225,8 @@ def step_child(args) -> list[dict]:
             "limit_gb": limit, "offload": s.offload, "lengths": lengths, "seconds": whole,
             "phase_seconds": dict(game.phase.seconds), "peak_gb": dict(game.phase.peak_gb),
             "reserved_gb": dict(game.phase.reserved), "budget_gb": estimated, "tokens": tokens,
-            "logp_gap": m["logp_gap"], "faults": m["faults"], "batch_tokens": s.batch_tokens,
-            "micro_batch_tokens": s.micro_batch_tokens})
+            "logp_difference": m["logp_difference"], "faults": m["faults"],
+            "batch_tokens": s.batch_tokens, "micro_batch_tokens": s.micro_batch_tokens})
     return rows[1:]
 
 
@@ -374,13 +374,13 @@ def one_update(args, rows: list[Row], offload: bool) -> dict:
     optimizer = MasterAdamW(policy, args.dtype, weight_decay=0.0, offload=offload)
     game = Game(s, policy, None, None, random_llama(args, seed=3))
     if offload:
-        rest(game.reference)
+        to_host(game.reference)
         game.phase.stage = Stage(args.where, args.dtype)
     found = {}
     for _ in range(2):                               # the first is warm-up
-        game.phase.call(game.reference)
+        game.phase.load(game.reference)
         found["reference_seconds"] = seconds(args, lambda: reference_log_probs(game, rows))
-        game.phase.call(policy)
+        game.phase.load(policy)
         found["gradient_seconds"] = seconds(args, lambda: accumulate(game, rows, 1.0))
         found["adamw_seconds"] = seconds(args, lambda: optimizer.step(3e-6, 1.0))
     return found

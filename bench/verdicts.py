@@ -5,7 +5,7 @@
 
 Right: the reference's first sentence, and its first two. Wrong: the one after the reference's first
 (the beginning is left out), and another sentence of the passage. For each kind the mean verdict in
-both readings, unread ones as 0, as in training. A random judge scores 0 in the last column, a
+both readings, unparsed ones as 0, as in training. A random judge scores 0 in the last column, a
 perfect one 1.
 """
 import json

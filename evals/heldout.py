@@ -51,7 +51,7 @@ def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list
     """
     queries, golds = map(list, zip(*held_out))
     answers, stopped = greedy(game, queries)
-    game.phase.call(getattr(game.reward, "model", None))
+    game.phase.load(getattr(game.reward, "model", None))
     ours = rewards.score(game.reward, queries, answers, golds, stopped)                    # (len,)
     answered = [{"query": q, "answer": a, "reward": r}
                 for q, a, r in zip(queries, answers, ours.tolist())]
@@ -84,7 +84,7 @@ def evaluate_world(game) -> dict:
 @torch.no_grad()
 def is_finite(game) -> bool:
     """Whether the policy's logits are finite: no other model is worth a checkpoint."""
-    game.phase.call(game.policy)
+    game.phase.load(game.policy)
     ids = game.tokenizer.chat([{"role": "user", "content": "a"}])
     tokens = torch.tensor([ids], device=game.policy.model.embed_tokens.weight.device)
     return game.policy.logits(game.policy(tokens)[:, -1]).isfinite().all().item()

@@ -3,10 +3,10 @@ from bisect import bisect_right
 from collections.abc import Iterator
 
 
-def take_batch(waiting: list, room, budget: int) -> list:
+def take_batch(waiting: list, size, budget: int) -> list:
     """Remove from the head of `waiting` as many rows as the budget holds, at least one, and return
-    them. room(rows): the tokens that rows take up, which further rows never make fewer."""
-    count = bisect_right(range(1, len(waiting) + 1), budget, key=lambda n: room(waiting[:n]))
+    them. size(rows): the tokens that rows take up, which further rows never make fewer."""
+    count = bisect_right(range(1, len(waiting) + 1), budget, key=lambda n: size(waiting[:n]))
     rows = waiting[:max(1, count)]
     del waiting[:max(1, count)]
     return rows

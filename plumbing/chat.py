@@ -37,9 +37,9 @@ def without_tags(text: str, prompt: str) -> str:
     return re.sub(rf"\b({words})(\s*+):", r"\1\2 -", text, flags=re.IGNORECASE) if words else text
 
 
-def fit(tokenizer: "Tokenizer", rows: list[tuple[str, ...]], messages, room: int, *,
+def fit(tokenizer: "Tokenizer", rows: list[tuple[str, ...]], messages, limit: int, *,
         generation_prompt: bool = True) -> list[tuple[list[int], list[str], bool]]:
-    """For each row of texts: chat ids of messages(*texts), at most `room`, the texts in them, and
+    """For each row of texts: chat ids of messages(*texts), at most `limit`, the texts in them, and
     whether these were cut.
 
     Where they do not fit, the last text loses its end, as much as it must; if it is then empty, the
@@ -49,21 +49,21 @@ def fit(tokenizer: "Tokenizer", rows: list[tuple[str, ...]], messages, room: int
                                          generation_prompt=generation_prompt)
     fitted = []
     for texts, ids in zip(map(list, rows), chats(rows)):
-        cut = len(ids) > room
+        cut = len(ids) > limit
         for i in reversed(range(len(texts))):
-            if len(ids) <= room:
+            if len(ids) <= limit:
                 break
             whole, fits, too_long = texts[i], 0, len(texts[i])
             while too_long - fits > 1:                             # bisection on where to cut
                 middle = (fits + too_long) // 2
                 texts[i] = whole[:middle]
-                good = len(chats([texts])[0]) <= room
+                good = len(chats([texts])[0]) <= limit
                 fits, too_long = (middle, too_long) if good else (fits, middle)
             texts[i] = whole[:fits]
             (ids,) = chats([texts])
-        if len(ids) > room:
+        if len(ids) > limit:
             raise InputError(f"{tokenizer.path}: the prompt has {len(ids)} tokens before any text "
-                             f"is filled in, and {room} fit")
+                             f"is filled in, and {limit} fit")
         fitted.append((ids, texts, cut))
     return fitted
 
@@ -168,7 +168,7 @@ class Tokenizer:
             return source                          # the tokenizers library says what is wrong
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids: no BOS, and a special token's name is spelt out in ordinary tokens."""
+        """Plain text to ids: no BOS, and a special token's name becomes ordinary tokens."""
         return self._encode(text, special=False).ids
 
     def _encode(self, text: str, *, special: bool):
@@ -183,7 +183,7 @@ class Tokenizer:
             raise InputError(f"{self.path / 'tokenizer.json'} fails on the text {text[:40]!r}: "
                              f"{error}") from None
 
-    def unspelt(self, text: str) -> str | None:
+    def unencodable(self, text: str) -> str | None:
         """The first piece of a text without a token, or None; only small vocabularies lack any."""
         if half := SURROGATE.search(text):
             return half[0]
@@ -228,7 +228,7 @@ class Tokenizer:
                 for m in messages], marks
 
     def _ids(self, text: str, marks: dict) -> list[int]:
-        """A rendered conversation's ids; what a mark stands for is spelt out."""
+        """A rendered conversation's ids; what a mark stands for becomes ordinary tokens."""
         names_of, ids = {mark: name for name, mark in marks.items()}, []
         for piece in re.split(f"([{''.join(names_of)}])", text) if marks else [text]:
             ids += (self.encode(names_of[piece]) if piece in names_of

@@ -55,9 +55,9 @@ def query_of(entry: dict, key: str) -> str:
     return entry[key] + (f"\n\n{below}" if below else "")
 
 
-def check_data(path: str, data: list, tokenizer: Tokenizer, room: int):
-    """InputError with the line of a query that the tokenizer cannot spell, or whose prompt has more
-    than `room` tokens, or of a gold answer with half a character in it.
+def check_data(path: str, data: list, tokenizer: Tokenizer, limit: int):
+    """InputError with the line of a query that the tokenizer cannot encode, or whose prompt has
+    more than `limit` tokens, or of a gold answer with half a character in it.
 
     path: the file that `data` came from, or a name for what came from none.
     """
@@ -67,22 +67,22 @@ def check_data(path: str, data: list, tokenizer: Tokenizer, room: int):
 
     for n, (query, gold) in enumerate(data):
         for text in (query, *SURROGATE.findall(gold or "")):
-            if (strange := tokenizer.unspelt(text)) is not None:
-                refuse(n, f"the model's tokenizer cannot spell {strange!r}")
+            if (strange := tokenizer.unencodable(text)) is not None:
+                refuse(n, f"the model's tokenizer cannot encode {strange!r}")
     turns = [[{"role": "user", "content": query}] for query, _ in data]
     for n, ids in enumerate(tokenizer.chats(turns)):
-        if len(ids) > room:
+        if len(ids) > limit:
             refuse(n, f"the prompt has {len(ids)} tokens; the model's context, less the answer's, "
-                   f"holds {room}")
+                   f"holds {limit}")
 
 
 def opening(tokenizer: Tokenizer, name: str, new: int, context: int, **values: str) -> list[int]:
     """Chat ids of a prompt file filled with these values ("None": no value, so that its place need
-    not be there); InputError if it cannot be encoded, or has no room for `new` more tokens."""
+    not be there); InputError if it cannot be encoded, or leaves no place for `new` more tokens."""
     given = [key for key, value in values.items() if value != "None"]
     prompt = fill(read_prompt(name, given), **values)
-    if (strange := tokenizer.unspelt(prompt)) is not None:
-        raise InputError(f"{name}: the tokenizer of {tokenizer.path} cannot spell {strange!r}")
+    if (strange := tokenizer.unencodable(prompt)) is not None:
+        raise InputError(f"{name}: the tokenizer of {tokenizer.path} cannot encode {strange!r}")
     ids = tokenizer.chat([{"role": "user", "content": prompt}])
     if not 1 <= len(ids) <= context - new:
         raise InputError(f"{name}: the prompt has {len(ids)} tokens: with {new} new ones it must "

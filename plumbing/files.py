@@ -33,7 +33,7 @@ class InputError(Exception):
     the message is one line that names the file, the flag or the name."""
 
     def __str__(self):
-        """One line whatever a file or a flag held: what does not print is spelt out."""
+        """One line whatever a file or a flag held: characters that do not print are escaped."""
         text = super().__str__()
         text = text if len(text) <= 1000 else f"{text[:600]} ... {text[-400:]}"
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -71,7 +71,7 @@ def measure(s, r, recent=()) -> dict:
     """What a train.Round says about the game; README.md explains each. None: no such thing here.
     recent: the queries of the steps before, a list a step."""
     rows = [row for group in r.answer_rows for row in group]
-    flat = r.A_sol[r.kept].abs().amax(1) < 1e-6                        # (kept queries,)
+    flat = r.A_sol[r.learn].abs().amax(1) < 1e-6                    # (queries learnt from,)
     judged = [j for j in r.judgements if not j.get("failure")]
     read = any("reason" in j for j in judged)
     reasons = [j.get("reason") for j in judged] if read else []
@@ -82,19 +82,19 @@ def measure(s, r, recent=()) -> dict:
         "quality": None if r.R_Q is None else r.R_Q.mean().item(),
         "value_spread": r.R.mean(1).std(correction=0).item(),
     } | (dict.fromkeys(BALANCE) if r.R_Q is None else balance(r.R, r.R_Q)) | {
-        "flat_groups": share(flat.tolist()),
+        "zero_variance_groups": share(flat.tolist()),
         "challenger_advantage": None if r.A_ch is None else r.A_ch.abs().mean().item(),
         "distinct_queries": len(set(r.queries)) / len(r.queries),
         "overlap": overlap(r.queries), "overlap_recent": overlap(r.queries, sum(recent, [])),
         "leaked_tags": share(["[Start Gen" in q or "[End Gen" in q for q in r.queries]),
-        "held_out_queries": 1 - r.kept.float().mean().item(),
+        "held_out_queries": 1 - r.learn.float().mean().item(),
         "query_length": share([len(row.tokens) for row in r.query_rows]),
         "answer_length": share([len(row.tokens) for row in rows]),
         "truncated_queries": share([not row.stopped for row in r.query_rows]),
         "truncated_answers": share([not row.stopped for row in rows]),
-        "unread": share([reason is not None for reason in reasons]),
+        "unparsed": share([reason is not None for reason in reasons]),
         "parse_failures": dict(failures) if reasons else None,
-        "shortened": r.shortened,
+        "truncated_inputs": r.truncated_inputs,
         "judge_mass": share(mass), "judge_tags": share([j["tags"] for j in judged if "tags" in j]),
     } | predictions(r)
 
@@ -129,13 +129,13 @@ def fault_text(faults: list[dict]) -> str:
 
 def step_line(s, m: dict) -> str:
     """A step's line on the screen: the few numbers that say whether the game goes well."""
-    unread = m["unread"] if m["judge_mass"] is None else 1 - m["judge_mass"]
-    gap = "-" if m["logp_gap"] is None else f"{m['logp_gap']:.0e}"
+    unparsed = m["unparsed"] if m["judge_mass"] is None else 1 - m["judge_mass"]
+    difference = "-" if m["logp_difference"] is None else f"{m['logp_difference']:.0e}"
     line = (f"step {m['step']:>{len(str(s.steps))}}/{s.steps}  R {short(m['reward'])}"
             f"  R_Q {short(m['quality'])}  ch-adv {short(m['challenger_advantage'])}"
             f"  KL {short(m['kl_solver'])}|{short(m['kl_challenger'])}"
-            f"  distinct {short(m['distinct_queries'])}  cut {short(m['truncated_answers'])}"
-            f"  unread {short(unread)}  gap {gap}  {m['seconds']:.2f} s")
+            f"  distinct {short(m['distinct_queries'])}  truncated {short(m['truncated_answers'])}"
+            f"  unparsed {short(unparsed)}  logp-diff {difference}  {m['seconds']:.2f} s")
     if m["msr_share"] is not None:
         line += (f"  ASR {short(m['asr_reward'])}  MSR {short(m['msr_reward'])}"
                  f"  no prediction {short(m['no_prediction'])}")
@@ -145,8 +145,8 @@ def step_line(s, m: dict) -> str:
         line += "  all R_Q equal: no self-reward in this step"
     if m["judge_tags"]:
         line += f"  judge's tags in {m['judge_tags']:.2f} of the pairs"
-    if unread is not None and unread > 0.5:
-        line += f"  {'verdicts' if s.verdict else 'self-reward'} mostly unread"
+    if unparsed is not None and unparsed > 0.5:
+        line += f"  {'verdicts' if s.verdict else 'self-reward'} mostly unparsed"
     return line
 
 
@@ -203,7 +203,7 @@ def samples(r, step: int):
             "prompt_tokens": r.solver_prompts[n],
             "kind": r.kinds and r.kinds[n],
             "query_stopped": r.query_rows[n].stopped if r.query_rows else None,
-            "trained_on": bool(r.kept[n]),
+            "trained_on": bool(r.learn[n]),
             "challenger_advantage": None if r.A_ch is None else r.A_ch[n].item(),
             "answers": [{
                 "answer": r.answers[n][g], "tokens": r.answer_rows[n][g].tokens,
@@ -217,8 +217,8 @@ def speed(game, r) -> dict[str, float]:
     """Tokens/s of a train.Round's phases. A phase's time includes its prefill and all waiting."""
     G = game.settings.answers
     rows = [row for group in r.answer_rows for row in group]
-    learnt = [row for i, row in enumerate(rows) if r.kept[i // G]]
-    learnt += [row for row, keep in zip(r.query_rows, r.kept) if keep]
+    learnt = [row for i, row in enumerate(rows) if r.learn[i // G]]
+    learnt += [row for row, keep in zip(r.query_rows, r.learn) if keep]
     count = lambda rows: sum(len(row.tokens) for row in rows)
     judged = [j["judge_tokens"] for j in r.judgements if "judge_tokens" in j]
     tokens = {"challenge": count(r.query_rows), "solve": count(rows),
@@ -259,9 +259,9 @@ def transcript(s, r) -> str:
         if said["kind"]:
             lines.append(indent(said["gold"], "  = "))
         for a in said["answers"]:
-            unread = f" (unread: {a['reason']})" if a.get("reason") else ""
-            unread += f" (no prediction: {a['failure']})" if a.get("failure") else ""
-            lines += [f"  R {number(a['reward'])}  R_Q {number(a['quality'])}{unread}  advantage "
+            unparsed = f" (unparsed: {a['reason']})" if a.get("reason") else ""
+            unparsed += f" (no prediction: {a['failure']})" if a.get("failure") else ""
+            lines += [f"  R {number(a['reward'])}  R_Q {number(a['quality'])}{unparsed}  advantage "
                       f"{number(a['advantage'])}" + ("" if a["stopped"] else "  (cut off)"),
                       indent(a["answer"], "      ")]
     total = f"mean R {r.R.mean():.3f}" + ("" if r.R_Q is None else f", mean R_Q {r.R_Q.mean():.3f}")
@@ -290,7 +290,7 @@ def non_finite(r) -> list[dict]:
     """The samples with a reward or log-prob that is not finite, counted from 1 in the order of
     samples.jsonl (answer None: the query itself); their sum, where each of them is finite."""
     faults = []
-    for n in r.kept.nonzero()[:, 0].tolist():
+    for n in r.learn.nonzero()[:, 0].tolist():
         asked = [(None, r.query_rows[n], 0.0)] if r.query_rows else []
         answered = zip(range(1, len(r.answer_rows[n]) + 1), r.answer_rows[n], r.R[n].tolist())
         for answer, row, reward in [*asked, *answered]:
@@ -310,7 +310,7 @@ def learnt(s, sol: Counter, ch: Counter, norm: float, rate: float, faults: list)
         "kl_solver": mean("kl", "sequences", sol) if s.beta else None,
         "kl_challenger": mean("kl", "sequences", ch) if s.beta else None,
         "entropy_solver": entropy(sol), "entropy_challenger": entropy(ch),
-        "logp_gap": mean("gap", "tokens", sol + ch),
+        "logp_difference": mean("difference", "tokens", sol + ch),
         "grad_norm": norm, "skipped": bool(faults), "faults": faults, "learning_rate": rate,
     }
 

@@ -1,6 +1,6 @@
 """What a reader may skip: fp32 master weights beside a bfloat16 policy, and --offload.
 
---offload, for small cards: masters, moments and frozen models rest in host memory. On the GPU is
+--offload, for small cards: masters, moments and frozen models stay in host memory. On the GPU is
 only the model at work in a phase (Stage), and while the policy learns its fp32 gradients; the
 optimiser streams masters and moments through in blocks. Every number is computed by the same kernel
 from the same operands as without. On a CPU the run is the same bit for bit
@@ -31,7 +31,7 @@ class MasterAdamW:
     nothing (test_a_step_of_1e_6_moves_fp32_masters_but_not_bf16_weights). So masters, moments and
     the sum of the micro-batches' gradients are fp32, and the policy that plays and is
     differentiated is a rounded copy. An fp32 policy is its own master, unless masters are
-    offloaded: then the policy at rest is its masters, and the policy at work a copy on the device.
+    offloaded: then the offloaded policy is its masters, and the loaded one a copy on the device.
 
     Gradients are in the parameters' .grad, fp32 in all cases; between updates there are none.
     """
@@ -43,7 +43,7 @@ class MasterAdamW:
         self.rounded = dtype != torch.float32
         self.updates = 0                       # AdamW's steps; its bias correction counts them
         if offload:
-            rest(policy)
+            to_host(policy)
         self.masters = [p.detach().float() for p in self.params]        # no copies of fp32 ones
         for p in self.params if self.rounded else ():
             if not offload:                    # else rounded on its way to the device (Stage)
@@ -171,11 +171,11 @@ def widen(p: nn.Parameter):
 # ---------------------------------------------------------------- offload
 
 class Stage:
-    """Of the models that rest in host memory, the one that is at work on the device.
+    """Of the models in host memory, the one that is loaded to the device.
 
-    A model stays until another is called. At rest nothing of it is on the device; what comes is a
-    copy in the dtype to compute in, so that leaving costs nothing: frozen models have not changed,
-    and the policy's masters are ahead of its copy (MasterAdamW writes both). The sampler's captured
+    A model stays until another one is loaded. Of an offloaded one nothing is on the device; what
+    is loaded is a copy in the dtype to compute in. So offloading costs nothing: frozen models have
+    not changed, and MasterAdamW writes the policy's masters and its copy. The sampler's captured
     graphs hold the copy's addresses; they live within one call, in which nobody comes or leaves.
     """
 
@@ -183,7 +183,7 @@ class Stage:
         self.device, self.dtype = device, dtype
         self.model, self.resting = None, []
 
-    def call(self, model):
+    def load(self, model):
         if model is self.model:
             return
         if self.model:
@@ -196,7 +196,7 @@ class Stage:
                 p.data, non_blocking=True)           # not blocking: widths change on the device
 
 
-def rest(model):
+def to_host(model):
     """Move a model's weights into page-locked host buffers."""
     for p, place in zip(model.parameters(), host_buffers([p.data for p in model.parameters()])):
         p.data = place.copy_(p.data)

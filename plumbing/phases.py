@@ -1,7 +1,7 @@
 """What a reader may skip: the phases of a step, and what can end one.
 
-Signals are heeded between phases, and out of memory is told by the phase's name. Each phase has
-its seconds, and the most memory that stood in it.
+Signals are handled between phases. Out of memory is reported with the name of the phase. Each
+phase has its seconds and its peak of memory.
 """
 import os
 import re
@@ -20,7 +20,7 @@ from plumbing.cli import RunStopped
 
 
 class StopRequest:
-    """SIGINT and SIGTERM, while it is entered: the phase in hand is finished, then heed() raises.
+    """SIGINT and SIGTERM, while it is entered: the phase in hand is finished, then check() raises.
 
     A second signal kills at once, as the system does by default: all that can then happen to a
     run's folder, kill -9 does too (tests/test_faults.py).
@@ -46,7 +46,7 @@ class StopRequest:
                 os.write(2, f"\n{signal.Signals(number).name}: finishing this phase, then saving "
                             "(again: stop at once)\n".encode())
 
-    def heed(self):
+    def check(self):
         if self.signal:
             raise RunStopped(f"{signal.Signals(self.signal).name}: stopped", 128 + self.signal)
 
@@ -103,7 +103,7 @@ class Phases:
     """Times and weighs the phases of a step, names the one that ran out of memory, stops between
     them. Made before the models are: what is resident then is idle.
 
-    A phase is told which model works in it; where models are offloaded, `stage` brings it.
+    A phase names the model that works in it; where models are offloaded, `stage` loads that one.
     """
 
     def __init__(self):
@@ -115,18 +115,18 @@ class Phases:
         """A step begins."""
         self.seconds, self.peak_gb = {}, {}
 
-    def call(self, model):
+    def load(self, model):
         """This model works next (None: no model does)."""
         if self.stage and model:
-            self.stage.call(model)
+            self.stage.load(model)
 
     @contextmanager
     def __call__(self, name: str, model=None):
-        self.stop.heed()
+        self.stop.check()
         forget_peak()
         begun = time.perf_counter()
         try:
-            self.call(model)
+            self.load(model)
             yield
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):

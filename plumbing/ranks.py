@@ -99,7 +99,7 @@ def peers():
         lost = RunStopped(f"another rank has ended, or was silent for {PATIENCE.seconds // 60} "
                           "minutes; to go on from the newest whole checkpoint: --resume "
                           f"({str(error).splitlines()[0]})", can_save=False)
-        lost.told = True               # there is nobody left to meet
+        lost.reported = True               # there is nobody left to meet
         raise lost from None
 
 
@@ -113,7 +113,7 @@ def exchange(value, error: Exception | None = None) -> list:
         if reason:
             if number:
                 reason.args = (f"rank {number}: {reason}",)
-            reason.told = True
+            reason.reported = True
             raise reason
     return [value for value, _ in brought]
 
@@ -121,7 +121,7 @@ def exchange(value, error: Exception | None = None) -> list:
 def agreed(error: Exception) -> Exception:
     """The reason for which all ranks stop, from this one's, which the others may not know yet."""
     try:
-        if not getattr(error, "told", False):
+        if not getattr(error, "reported", False):
             exchange(None, error)
     except (InputError, RunStopped) as reason:
         return reason

@@ -54,7 +54,7 @@ def test_a_fault_has_at_most_15_lines_and_the_product_has_no_switch_for_it():
 def test_nothing_broken_is_the_embedded_worlds_own_game(mended):
     r, learnt, game = one_round("nothing")
     assert game.settings.reward_scale == 5 and game.judge is not None
-    assert learnt["logp_gap"] < 1e-5 and learnt["kl_solver"] is not None
+    assert learnt["logp_difference"] < 1e-5 and learnt["kl_solver"] is not None
 
 
 def test_flags_reach_the_game(mended):
@@ -62,7 +62,7 @@ def test_flags_reach_the_game(mended):
     assert one_round("no-kl")[1]["kl_solver"] is None
     assert one_round("rate-x-4")[1]["learning_rate"] == 4 * 2.5e-4
     r = one_round("unscaled")[0]
-    assert torch.allclose(r.A_sol[r.kept], lsp.solver_advantages(r.R[r.kept], r.R_Q[r.kept]))
+    assert torch.allclose(r.A_sol[r.learn], lsp.solver_advantages(r.R[r.learn], r.R_Q[r.learn]))
 
 
 def test_bf16_weights_are_rounded_after_the_step(mended):
@@ -83,7 +83,7 @@ def test_without_the_stop_token_each_answer_has_one_token_less_in_the_loss(mende
 
 def test_top_k_opens_a_gap_between_sampler_and_trainer(mended):
     r, learnt, _ = one_round("top-k")
-    assert learnt["logp_gap"] > 1e-2
+    assert learnt["logp_difference"] > 1e-2
     logits = torch.arange(10.0).repeat(200, 1)
     token, logp = sample.pick(logits, 1.0, torch.linspace(0, 0.999, 200).double())
     assert token.min() == 5 and (logp <= 0).all()
@@ -91,8 +91,8 @@ def test_top_k_opens_a_gap_between_sampler_and_trainer(mended):
 
 def test_the_sign_trap_makes_the_challenger_blind_to_quality(mended):
     r = one_round("sign-trap")[0]
-    V = 5 * r.R[r.kept].mean(1)
-    assert torch.allclose(r.A_ch[r.kept], V.mean() - V, atol=1e-4)
+    V = 5 * r.R[r.learn].mean(1)
+    assert torch.allclose(r.A_ch[r.learn], V.mean() - V, atol=1e-4)
 
 
 @pytest.mark.parametrize("name, earned", [

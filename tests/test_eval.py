@@ -264,7 +264,7 @@ def test_without_math_verify_no_answer_is_begun(monkeypatch, capsys, tmp_path):
     (["benchmark", "tiny", "--temperature", "-1", "--out", "o.jsonl"], "--temperature"),
     (["benchmark", "tiny", "--temperature", "nan", "--out", "o.jsonl"], "--temperature"),
     (["benchmark", "tiny", "--model", "judge", "--out", "o.jsonl"], "reward model"),
-    (["generate", "--model", "tiny", "--prompts", "odd.json", "--out", "o.json"], "cannot spell"),
+    (["generate", "--model", "tiny", "--prompts", "odd.json", "--out", "o.json"], "cannot encode"),
     (["benchmark", "tiny", "--out", "p.json"], "p.json exists and is no result file"),
     (["benchmark", "tiny", "--out", "p.json/x.jsonl"], "p.json"),
     (["compare", "here"], "runs"), (["plot", "nowhere"], "nowhere"), ([], "command")])

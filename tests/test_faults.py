@@ -324,7 +324,8 @@ def test_a_judge_whose_logits_are_nan_is_unread_and_counted(play, world, monkeyp
     monkeypatch.setattr(players, "load_model", spoilt)
     play("--out", "judged", "--judge", "broken", "--self-reward", "expected", game="lsp", steps=1)
     m = json.loads((world / "judged/metrics.jsonl").read_text())
-    assert m["parse_failures"] == {"not_finite": 4} and m["unread"] == 1 and m["judge_mass"] is None
+    assert m["parse_failures"] == {"not_finite": 4} and m["unparsed"] == 1
+    assert m["judge_mass"] is None
     assert m["quality"] == 0 and not m["skipped"]
 
 

@@ -13,7 +13,7 @@ import rewards
 import sample as sampling
 import train as game
 from plumbing import ranks
-from plumbing.files import pick_device
+from plumbing.files import find_model, pick_device
 from plumbing.memory import MasterAdamW
 from plumbing.settings import Settings, resolve
 from sample import sample
@@ -188,7 +188,7 @@ def test_the_embedded_worlds_run_on_the_cpu_unless_the_flag_says_otherwise(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "pretend")
     s, _ = resolve(given)
     assert pick_device(s.device)[0].type == device
-    path = game.find_model(s.model)
+    path = find_model(s.model)
     assert pick_device("auto", path) == (torch.device("cpu"), torch.float32)
     assert pick_device("cuda", path)[0].type == "cuda"
 

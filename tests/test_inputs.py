@@ -158,7 +158,7 @@ def test_bad_input_to_a_run_is_refused_in_one_line(folder, monkeypatch, capsys, 
 
 @pytest.mark.parametrize("flags, message", [
     (["--model", "rm", "hi"], "rm is a reward model"), (["--model", "bare", "hi"], "no such file"),
-    (["--model", "m", "hi\udcff"], "cannot spell"), (["--model", "m", "ab " * 3000], "context"),
+    (["--model", "m", "hi\udcff"], "cannot encode"), (["--model", "m", "ab " * 3000], "context"),
     (["--model", "m", "hi", "--task", "x"], "--task is for --challenger"),
     (["--model", "m", "hi", "--seed", str(2**70)], "--seed"),
     (["--model", "m", "--challenger", "--challenger-prompt", "plain.txt", "--task", "x"],
@@ -172,7 +172,7 @@ def test_the_embedded_model_refuses_texts_that_it_cannot_spell(folder, monkeypat
             files.HERE / "prompts/self_reward.txt")], ["--eval-prompts", "no_gold.jsonl"],
             ["--algo", "grpo", "--prompts", "no_gold.jsonl"]):
         err = refusal(folder, train.main, monkeypatch, capsys, *flags)
-        assert "cannot spell" in err and ("no_gold" not in err or "no_gold.jsonl, line 2" in err)
+        assert "cannot encode" in err and ("no_gold" not in err or "no_gold.jsonl, line 2" in err)
 
 
 def test_a_message_is_one_line_that_prints_whatever_a_file_holds():
@@ -385,15 +385,15 @@ def test_what_a_judge_or_a_reward_model_has_no_room_for_is_cut_and_counted(tmp_p
     reward = rewards.RewardModel(tmp_path / "rm")
     queries, answers = ["2 + 2?", "ab " * 90, "x"], ["4", "cd " * 90, "ab " * 90]
     R = reward(queries, answers)
-    assert torch.isfinite(R).all() and reward.shortened == 2
+    assert torch.isfinite(R).all() and reward.truncated_inputs == 2
     assert R[0] == pytest.approx(reward(["2 + 2?"], ["4"]).item(), abs=1e-5)
-    assert reward.shortened == 0
+    assert reward.truncated_inputs == 0
     judge, tokenizer = load_model(tmp_path / "j"), Tokenizer(tmp_path / "j")
     for reading in rewards.READINGS:
         scores, records = rewards.Judge(
             judge, tokenizer, "Rate {instruction}: {response}", rewards.SELF_REWARD,
             reading=reading, max_new_tokens=4)(queries, answers)
-        assert len(scores) == 3 and [r["shortened"] for r in records] == [False, True, True]
+        assert len(scores) == 3 and [r["input_truncated"] for r in records] == [False, True, True]
 
 
 def test_a_reward_can_be_a_function_of_a_file(tmp_path, monkeypatch, capsys):
@@ -457,7 +457,7 @@ def step(folder, monkeypatch, queries=None, answers=None, **settings):
 def test_empty_and_equal_texts_go_through_a_step(folder, monkeypatch, algo, queries, answers):
     _, r, m = step(folder, monkeypatch, queries, answers, algo=algo)
     if answers:                                                # all answers of a query are equal
-        assert r.A_sol.abs().max() < 1e-5 and m["flat_groups"] == 1
+        assert r.A_sol.abs().max() < 1e-5 and m["zero_variance_groups"] == 1
     if queries and answers:                                    # and so are all queries
         assert r.A_ch.abs().max() < 1e-5 and m["distinct_queries"] == pytest.approx(1 / 3)
 
@@ -475,9 +475,9 @@ def test_texts_that_are_cut_off_go_through_a_step(folder, monkeypatch, settings)
 
 def test_a_judge_that_nobody_can_read_leaves_the_game_to_r_alone(folder, monkeypatch):
     _, r, m = step(folder, monkeypatch)
-    assert m["unread"] == 1 and sum(m["parse_failures"].values()) == 6 and m["quality"] == 0
+    assert m["unparsed"] == 1 and sum(m["parse_failures"].values()) == 6 and m["quality"] == 0
     assert torch.allclose(r.A_sol, r.R - r.R.mean(1, keepdim=True))
-    assert m["shortened"] == {"queries": 0, "rewarded": 0, "judged": 0}
+    assert m["truncated_inputs"] == {"queries": 0, "rewarded": 0, "judged": 0}
 
 
 def test_tags_in_queries_and_answers_stay_text_through_a_step(folder, monkeypatch):
@@ -495,7 +495,7 @@ def test_a_query_that_outgrows_the_context_is_asked_without_its_end(folder, monk
     monkeypatch.setattr(train, "fit", lambda tokenizer, rows, messages, room: real(
         tokenizer, rows, messages, 40))
     _, r, m = step(folder, monkeypatch, ["ab " * 60])
-    assert m["shortened"]["queries"] == 3 and all(len(ids) <= 40 for ids in r.solver_prompts)
+    assert m["truncated_inputs"]["queries"] == 3 and all(len(ids) <= 40 for ids in r.solver_prompts)
     assert all(0 < len(q) < 60 and ("ab " * 60).startswith(q) for q in r.queries)
 
 
@@ -507,7 +507,7 @@ def test_a_round_of_held_out_queries_alone_teaches_nothing(monkeypatch):
     r = train.play(game, 0)
     m = train.update(game, MasterAdamW(game.policy, torch.float32, weight_decay=0.0), r, 0)
     m |= log.measure(s, r)
-    assert m["held_out_queries"] == 1 and m["grad_norm"] == 0 and m["flat_groups"] is None
+    assert m["held_out_queries"] == 1 and m["grad_norm"] == 0 and m["zero_variance_groups"] is None
     assert all(torch.equal(p, b) for p, b in zip(game.policy.parameters(), before))
     assert log.step_line(s, m | {"step": 1, "seconds": 1.0})
 

@@ -173,7 +173,7 @@ def test_the_temperatures_are_those_of_the_settings(world, monkeypatch):
                                 judge_temperature=0.8))
     r = train.play(g, 0)
     _, m = gradient_of(g, r)
-    assert m["logp_gap"] < 1e-4 and asked == [0.8]
+    assert m["logp_difference"] < 1e-4 and asked == [0.8]
 
 
 def test_the_judge_is_the_reference_by_default(world):
@@ -239,8 +239,8 @@ def test_recent_queries_are_those_of_the_last_ten_steps(tmp_path):
 def test_equal_qualities_are_said_in_the_step_line_and_watch_names_a_scale(world):
     g = players.set_up(settings(world))
     r = train.play(g, 0)
-    m = {"step": 1, "seconds": 1.0, "kl_solver": None, "kl_challenger": None, "logp_gap": None,
-         "skipped": False, "faults": []}
+    m = {"step": 1, "seconds": 1.0, "kl_solver": None, "kl_challenger": None,
+         "logp_difference": None, "skipped": False, "faults": []}
     said = lambda r: log.step_line(g.settings, m | log.measure(g.settings, r))
     assert "all R_Q equal" not in said(r)
     r.R, r.R_Q = torch.tensor([[0.0, 1.0, 1.0]] * 4), torch.tensor([[0.0, 4.0, 4.0]] * 4)
@@ -262,8 +262,8 @@ def play_tiny(monkeypatch, out, *flags):
 def test_a_run_goes_on_when_nobody_can_read_what_it_prints(tmp_path, monkeypatch, lost):
     reader, pipe = os.pipe()
     os.close(reader)
-    with open("/dev/full", "w") as full, open(pipe, "w") as unread:
-        stream = {"full disk": full, "no reader": unread, "closed": None}[lost]
+    with open("/dev/full", "w") as full, open(pipe, "w") as unparsed:
+        stream = {"full disk": full, "no reader": unparsed, "closed": None}[lost]
         for name in ("stdout", "__stdout__"):
             monkeypatch.setattr(sys, name, stream)
         cli.run_script(lambda: play_tiny(monkeypatch, tmp_path / "run"))

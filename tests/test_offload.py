@@ -126,7 +126,7 @@ def test_at_rest_the_policy_is_its_masters_and_at_work_a_rounded_copy():
     same = lambda: [p.data_ptr() == m.data_ptr() for p, m in zip(policy.parameters(),
                                                                 optimizer.masters)]
     assert all(same())
-    stage.call(policy)
+    stage.load(policy)
     assert not any(same()) and {p.dtype for p in policy.parameters()} == {torch.bfloat16}
     hidden = policy(torch.arange(12).view(2, 6))
     log_probs(policy, hidden[0], torch.arange(6)).sum().backward()
@@ -137,7 +137,7 @@ def test_at_rest_the_policy_is_its_masters_and_at_work_a_rounded_copy():
     assert not any(torch.equal(m, b) for m, b in zip(optimizer.masters, before))
     assert all(torch.equal(p, m.bfloat16()) for p, m in zip(policy.parameters(),
                                                             optimizer.masters))
-    stage.call(other)
+    stage.load(other)
     assert all(same())
 
 
@@ -147,7 +147,7 @@ def test_masters_move_as_torch_optim_adamw_moves_float64_weights(offload):
     optimizer = MasterAdamW(ours, torch.float32, weight_decay=0.1, offload=offload)
     adamw = torch.optim.AdamW(theirs.parameters(), weight_decay=0.1)
     if offload:
-        Stage(CPU, torch.float32).call(ours)
+        Stage(CPU, torch.float32).load(ours)
     for step in range(5):
         rate = 1e-2 / (step + 1)
         adamw.param_groups[0]["lr"] = rate
@@ -187,7 +187,7 @@ def test_host_buffers_overlap_nowhere_and_large_tensors_have_their_own():
 
 
 def test_the_reference_speaks_once_in_its_own_phase(world, monkeypatch):
-    """Out of memory in the update, or a search for culprits, asks it nothing again."""
+    """Out of memory in the update asks it nothing again."""
     s, _ = resolve({"model": str(world / "m"), "reward": str(world / "rm"), "queries": 2,
                     "answers": 2, "query_tokens": 4, "answer_tokens": 4, "judge_tokens": 2,
                     "device": "cpu", "self_reward": "expected"})
@@ -225,10 +225,10 @@ def test_no_captured_step_outlives_its_call_and_its_weights_addresses(monkeypatc
     monkeypatch.setattr(sampling, "CapturedStep", Captured)
     stage, gone = Stage(CPU, torch.float32), random_llama("untied")
     for turn in range(3):
-        stage.call(llama)
+        stage.load(llama)
         sampling.sample(llama, [[1, 2, 3]] * 2, max_new_tokens=[2, 20])
         assert len(made) == 2 * (turn + 1) and not any(graph() for graph in made)
-        stage.call(gone)
+        stage.load(gone)
 
 
 @pytest.mark.parametrize("has_bf16, dtype", [(True, torch.bfloat16), (False, torch.float32)])

@@ -220,7 +220,7 @@ def test_a_run_of_three_ranks_is_that_of_one_and_each_can_go_on_with_the_other(w
     assert codes == [0] * 3 and said.count("step 4/4") == 1 and "Traceback" not in said
     for one, three in zip(metrics("one"), metrics("three")):
         assert one.keys() == three.keys()
-        for key in ("reward", "quality", "kl_solver", "grad_norm", "answer_length", "unread"):
+        for key in ("reward", "quality", "kl_solver", "grad_norm", "answer_length", "unparsed"):
             assert three[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
     assert sorted(p.name for p in Path("three").iterdir()) == sorted(
         p.name for p in Path("one").iterdir())

@@ -60,7 +60,7 @@ def test_an_episode_asks_for_a_segment_after_all_before_it(game, folder):
     kinds = []
     g = game(msr_weight=1.0, reference_segments=2)
     for step in range(20):
-        for query, gold, kind, shortened in draw_episodes(g, step):
+        for query, gold, kind, cut in draw_episodes(g, step):
             kinds.append(kind)
             if kind == "asr":
                 context, following = query.removeprefix("Go on: "), ""
@@ -69,7 +69,7 @@ def test_an_episode_asks_for_a_segment_after_all_before_it(game, folder):
             text = next(text for text in told if text.startswith(context))
             rest = text.removeprefix(context).strip()
             sentences = [s + "." for s in rest.removesuffix(".").split(". ")]
-            assert gold == " ".join(sentences[:2]) and not shortened and context.endswith(".")
+            assert gold == " ".join(sentences[:2]) and not cut and context.endswith(".")
             assert kind == "asr" or following == sentences[1]
     assert set(kinds) == {"asr", "msr"}
 
@@ -109,15 +109,15 @@ def test_a_context_loses_its_beginning_at_a_sentence_and_no_more_than_it_must(tm
     prompts = {"asr": ("Go on: ", ""), "msr": ("Fill in: ", "<MASK>")}
     cut = 0
     for step in range(4):
-        for query, gold, kind, shortened in draw_episodes(g, step):
+        for query, gold, kind, truncated in draw_episodes(g, step):
             before, mask = prompts[kind]
             context = query.removeprefix(before).split("<MASK>")[0]
             i = next(i for i, s in enumerate(sentences) if gold.startswith(s))
             k = next(k for k, s in enumerate(sentences) if context.startswith(s))
             assert context == " ".join(sentences[k:i])           # whole sentences, up to the target
             assert length(query) <= 180
-            assert shortened == (k > 0)
-            if shortened:
+            assert truncated == (k > 0)
+            if truncated:
                 cut += 1
                 assert length(query.replace(before, f"{before}{sentences[k - 1]} ")) > 180
     assert cut > 30
@@ -427,8 +427,8 @@ def test_a_step_is_measured_told_and_kept_by_kind(game, monkeypatch):
     assert m["reward"] == m["asr_reward"] == m["msr_reward"] == 0.25
     assert m["msr_share"] == r.kinds.count("msr") / 8 and 0 < m["msr_share"] < 1
     assert m["no_prediction"] == 0.5 and m["extraction_failures"] == {"no_tags": 8, "short": 8}
-    assert m["unread"] == 0.5 and m["parse_failures"] == {"no_score": 8}
-    assert m["truncated_predictions"] == 0.5 and m["shortened"]["contexts"] == 0
+    assert m["unparsed"] == 0.5 and m["parse_failures"] == {"no_score": 8}
+    assert m["truncated_predictions"] == 0.5 and m["truncated_inputs"]["contexts"] == 0
     assert m["kl_solver"] is None and not m["skipped"] and m["grad_norm"] > 0
     (first, *_) = log.samples(r, 1)
     assert first["kind"] in ("asr", "msr") and first["gold"].startswith(("It says", "Then", "So",
@@ -569,8 +569,8 @@ def test_a_real_model_plays_a_round_on_real_text(assets):
     g = train.set_up(s)
     length = lambda query: len(g.tokenizer.chat([{"role": "user", "content": query}]))
     episodes = [episode for step in range(4) for episode in draw_episodes(g, step)]
-    assert all(length(e.query) <= 320 for e in episodes) and any(e.shortened for e in episodes)
-    assert all(length(e.query) > 250 for e in episodes if e.shortened)
+    assert all(length(e.query) <= 320 for e in episodes) and any(e.truncated for e in episodes)
+    assert all(length(e.query) > 250 for e in episodes if e.truncated)
     g.reward.reading = "expected"
     R = g.reward(["q"] * 2, [f"{START}The sun is warm.{END}", "none"], ["It is warm."] * 2)
     assert 0 < R[0] < 1 and R[1] == 0 and 0 < g.reward.records[0]["mass"] <= 1

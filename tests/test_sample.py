@@ -119,10 +119,10 @@ def test_pick_is_the_inverse_of_the_cumulative_distribution():
 
 def test_batches_hold_no_more_than_their_token_budget():
     waiting, lengths = list(range(7)), [4, 5, 5, 10, 10, 31, 32]
-    room = lambda rows: len(rows) * max(lengths[i] for i in rows)
+    size = lambda rows: len(rows) * max(lengths[i] for i in rows)
     batches = []
     while waiting:
-        batches.append(take_batch(waiting, room, 20))
+        batches.append(take_batch(waiting, size, 20))
     assert batches == [[0, 1, 2], [3, 4], [5], [6]]             # one row may exceed it, two may not
 
 

@@ -341,16 +341,16 @@ def test_lsp_runs_records_and_its_checkpoint_starts_a_second_stage(world):
     result = run(world, "--out", "first", "--eval-prompts", "p.jsonl", "--eval-every", "1")
     assert result.returncode == 0, result.stderr
     assert (result.stderr == "" and "step 2/2" in result.stdout
-            and "self-reward mostly unread" in result.stdout)
+            and "self-reward mostly unparsed" in result.stdout)
     out = world / "first"
     metrics = records(out / "metrics.jsonl")
     wanted = {"step", "reward", "quality", "kl_solver", "kl_challenger", "distinct_queries",
-              "truncated_queries", "truncated_answers", "parse_failures", "logp_gap", "grad_norm",
-              "seconds", "value_spread", "flat_groups", "entropy_solver", "entropy_challenger",
-              "query_length", "answer_length", "phase_seconds",
-              "tokens_per_second", "unread", "leaked_tags", "challenger_advantage"}
+              "truncated_queries", "truncated_answers", "parse_failures", "logp_difference",
+              "grad_norm", "seconds", "value_spread", "zero_variance_groups", "entropy_solver",
+              "entropy_challenger", "query_length", "answer_length", "phase_seconds",
+              "tokens_per_second", "unparsed", "leaked_tags", "challenger_advantage"}
     assert [m["step"] for m in metrics] == [1, 2] and wanted <= set(metrics[0])
-    assert (metrics[0]["logp_gap"] < 1e-5
+    assert (metrics[0]["logp_difference"] < 1e-5
             and metrics[0]["kl_solver"] < 1e-8 < metrics[1]["kl_solver"])
     assert metrics[0]["grad_norm"] > 0 and sum(metrics[0]["parse_failures"].values()) == 6
     said = records(out / "samples.jsonl")

@@ -151,10 +151,11 @@ def test_queries_answers_and_scores_survive_the_tokenizer(base):
 
 
 def test_text_that_the_tiny_model_cannot_spell_gets_one_clear_line(base, tmp_path):
-    assert base[1].unspelt("What is 37 + 48?") is None and base[1].unspelt("What is zebra?") == "z"
+    assert base[1].unencodable("What is 37 + 48?") is None
+    assert base[1].unencodable("What is zebra?") == "z"
     (tmp_path / "p.json").write_text('[{"prompt": "What is love?"}]')
     s, _ = resolve({"algo": "grpo", "prompts": str(tmp_path / "p.json")})
-    with pytest.raises(InputError, match="p.json, entry 1: the model's tokenizer cannot spell 'l'"):
+    with pytest.raises(InputError, match="entry 1: the model's tokenizer cannot encode 'l'"):
         train.set_up(s)
 
 
@@ -191,7 +192,7 @@ def test_ten_steps_of_the_default_run_start_to_learn_and_record(tmp_path, monkey
     assert first["accuracy"]["carry"] <= 0.05
     assert last["challenger"]["none"] < first["challenger"]["none"] - 0.1    # on its way to carries
     metrics = read(folder / "metrics.jsonl")
-    assert metrics[-1]["logp_gap"] < 1e-4 and metrics[-1]["unread"] < 0.1
+    assert metrics[-1]["logp_difference"] < 1e-4 and metrics[-1]["unparsed"] < 0.1
     s, _ = resolve({"model": str(folder / "checkpoint"), "algo": "grpo", "prompts": "balanced"})
     assert s.reward == "tiny" and s.challenger_prompt.startswith(str(folder))    # keeps its world
 
@@ -202,10 +203,10 @@ def test_held_out_queries_are_played_but_not_trained_on(monkeypatch):
     secret = train.play(game, 0).queries[:2]
     monkeypatch.setattr(world, "is_held_out", lambda query: query in secret)
     r = train.play(game, 0)
-    kept = int(r.kept.sum())
-    assert r.kept[:2].tolist() == [False, False] and kept >= 10
+    kept = int(r.learn.sum())
+    assert r.learn[:2].tolist() == [False, False] and kept >= 10
     assert r.A_sol[:2].abs().sum() == 0 and r.A_ch[:2].abs().sum() == 0
-    assert r.A_ch[r.kept].sum().abs() < 1e-4                 # centred over the others alone
+    assert r.A_ch[r.learn].sum().abs() < 1e-4                 # centred over the others alone
     counted = []
     count = lambda game, rows, weight, n: counted.append((len(rows), n)) or train.Counter()
     monkeypatch.setattr(train, "accumulate", count)
@@ -224,7 +225,7 @@ def test_a_round_with_nothing_to_learn_from_is_survived(monkeypatch):
     optimizer = train.MasterAdamW(game.policy, torch.float32, weight_decay=0.0)
     before = [p.detach().clone() for p in game.policy.parameters()]
     m = {"step": 1, "seconds": 0.0} | train.log.measure(s, r) | train.update(game, optimizer, r, 0)
-    assert "step" in train.log.step_line(s, m) and m["flat_groups"] is None
+    assert "step" in train.log.step_line(s, m) and m["zero_variance_groups"] is None
     assert all(torch.equal(p, b) for p, b in zip(game.policy.parameters(), before))
 
 

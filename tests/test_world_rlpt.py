@@ -158,7 +158,7 @@ def test_two_steps_without_further_arguments_run_and_record(tmp_path, monkeypatc
     first, last = map(json.loads, (folder / "eval.jsonl").read_text().splitlines())
     assert (first["step"], last["step"]) == (0, 2) and first["accuracy"]["asr_hard"] <= 0.05
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert metrics[-1]["logp_gap"] < 1e-4 and metrics[-1]["no_prediction"] < 0.2
+    assert metrics[-1]["logp_difference"] < 1e-4 and metrics[-1]["no_prediction"] < 0.2
     s, _ = resolve({"model": str(folder / "checkpoint")})
     assert (s.algo, s.text) == ("rlpt", world.STORIES)                  # keeps its world
 

@@ -39,7 +39,7 @@ from tiny import world  # noqa: E402
 SPECIAL = ["<|unk|>", "<|bos|>", "<|user|>", "<|assistant|>", "<|end|>"]
 WORDS = ["What", "is", " ", "+", "?", *"0123456789", "<Instruction>", "</Instruction>",
          "<Response>", "</Response>", "<Score>", "</Score>", "Rate", "Ask", "a", "sum", "."]
-# What corrupts a text. "~" cannot be spelt, nor can a special token's name, which is text here.
+# What corrupts a text. "~" cannot be encoded, nor can a special token's name, which is text here.
 PIECES = [*WORDS, *SPECIAL, "~"]
 TEMPLATE = """{{ bos_token }}{% for message in messages %}
 {% if message['role'] not in ['user', 'assistant'] %}
@@ -72,7 +72,7 @@ CHALLENGER = {"none": 0.86, "unit": 0.045, "tens": 0.035, "both": 0.02, "malform
 
 # ---------------------------------------------------------------- files
 
-def spelt(words: list[str]) -> str:
+def pattern_of(words: list[str]) -> str:
     """A regular expression for one word, the longest that fits."""
     return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
 
@@ -84,7 +84,7 @@ def write_tokenizer(path: Path, words: list[str]):
     """
     vocabulary = {word: i for i, word in enumerate(SPECIAL + words)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
-    pattern = tokenizers.Regex(spelt(words) + r"|[\s\S]")
+    pattern = tokenizers.Regex(pattern_of(words) + r"|[\s\S]")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(
@@ -241,7 +241,7 @@ def challenger_row(pairs: dict, rng: random.Random) -> tuple[str, str]:
         query = world.query_text(*rng.choice(pairs[name]))
     else:
         query = world.query_text(*rng.choice(pairs["all"]))
-        while world.parse_query(query) or not re.fullmatch(f"({spelt(WORDS)})*", query):
+        while world.parse_query(query) or not re.fullmatch(f"({pattern_of(WORDS)})*", query):
             query = near_miss(query, rng).strip()
     return read_prompt(HERE / "prompts/challenger.txt"), query
 
@@ -384,10 +384,10 @@ def figures(model: Llama, tokenizer: Tokenizer):
         read = scores[~scores.isnan()]
         show(title, {"mean": read.mean().item(), "0-2": (read <= 2).float().mean().item(),
                      "6-7": (read >= 6).float().mean().item(),
-                     "unread": scores.isnan().float().mean().item()})
+                     "unparsed": scores.isnan().float().mean().item()})
     judge.temperature = 1.0
     scores, _ = judge(*zip(*own), seeds=range(len(own)))
-    show("judge, T = 1", {"unread": scores.isnan().float().mean().item()})
+    show("judge, T = 1", {"unparsed": scores.isnan().float().mean().item()})
 
 
 def main():

@@ -26,7 +26,7 @@ from plumbing.files import read_prompt  # noqa: E402
 from rewards import VERDICT, Judge  # noqa: E402
 from rlpt import END, START, extract  # noqa: E402
 from tiny import world  # noqa: E402
-from tiny.build import new_model, show, spelt, train, write, write_files  # noqa: E402
+from tiny.build import new_model, pattern_of, show, train, write, write_files  # noqa: E402
 
 THOUGHTS = {"asr": ("No carry. ", "Carry. "), "msr": ("No borrow. ", "Borrow. ")}
 WORDS = ["Next: ", "Fill: ", "<MASK>", "Begins: ", "Equals: ", "<Reference>", "</Reference>",
@@ -52,7 +52,7 @@ PARAPHRASED, LONGER, TRUNCATED = 0.15, 0.34, 0.05      # shares of the predictio
 
 def broken_off(text: str, rng: random.Random) -> str:
     """A sentence without its end: some of its words, at least one."""
-    words = re.findall(spelt(WORDS), text)
+    words = re.findall(pattern_of(WORDS), text)
     return "".join(words[:rng.randint(1, len(words) - 1)]).strip()
 
 

@@ -59,7 +59,7 @@ def check(parse_self_reward=parse_self_reward):
         assert score == wanted, f"{text!r} should give {wanted}, yours gives {score}: {why}"
         assert type(score) in (int, type(None)), f"{text!r}: a score is an int, not {score!r}"
         assert (reason is None) == (score is not None), (
-            f"{text!r}: a reason goes with an unread judgement, and with no other")
+            f"{text!r}: a reason goes with an unparsed judgement, and with no other")
     assert parse_self_reward("<Score>4</Score>", stopped=False)[0] is None, (
         "cut off: it might have gone on to another score")
     return f"{len(CASES)} judgements read or refused; tests/test_rewards.py has the full table"

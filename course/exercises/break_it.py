@@ -146,7 +146,7 @@ FAULTS = {f.__name__.replace("_", "-"): f for f in (
 KEPT = ROOT / "bench/results/break_it"
 COLUMNS = ("step", "reward", "quality", "value_spread", "kl_solver", "kl_challenger",
            "entropy_solver", "entropy_challenger", "distinct_queries", "answer_length",
-           "truncated_answers", "truncated_queries", "logp_gap", "grad_norm")
+           "truncated_answers", "truncated_queries", "logp_difference", "grad_norm")
 
 
 def lines(file: Path) -> list[dict]:
@@ -184,13 +184,13 @@ def row(fault: str, seeds: list[int]) -> str:
     cells += [between([e[-1]["accuracy"]["none"] for e in evals.values()], ".3f"),
               between([e[-1]["challenger"]["malformed"] for e in evals.values()], ".3f"),
               between([m[-1]["reward"] for m in metrics], ".2f"),
-              between([max(x["logp_gap"] for x in m) for m in metrics], ".0e")]
+              between([max(x["logp_difference"] for x in m) for m in metrics], ".0e")]
     return f"| {fault} | {' | '.join(cells)} |"
 
 
 def table(seeds: list[int], figure: str | None):
     heads = ["fault", *(f"carry, seed {seed}" for seed in seeds), "no-carry", "malformed", "R",
-             "largest gap"]
+             "largest difference"]
     there = [f for f in FAULTS if any((KEPT / f"{f}-{seed}").exists() for seed in seeds)]
     print("| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
           *(row(fault, seeds) for fault in there), sep="\n")
