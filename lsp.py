@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 KL_ESTIMATORS = ("k2", "k2-seq", "k3", "paper")
+CHALLENGER_REWARDS = ("lsp", "r-zero", "spice", "absolute-zero")
 
 
 def solver_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
@@ -30,19 +31,45 @@ def solver_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
     return total - total.mean(dim=1, keepdim=True)             # Eq. 3: A_sol[n, g] = R[n, g] - V[n]
 
 
-def challenger_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
-    """How much harder than average each query was for the Solver:
+def challenger_advantages(R: Tensor, R_Q: Tensor | None = None, kind: str = "lsp",
+                          scale: float = 1.0) -> Tensor:
+    """How much better than average each query was for the Challenger:
     (N, G) rewards in, (N,) advantages out.
 
     Eq. 3, and with a self-reward R_Q the reward -V + V_Q of section 3. V is the mean of R alone:
     with R + R_Q the self-reward would cancel (test_self_reward_does_not_cancel_for_the_challenger).
+    kind: another reward than -V, from the solve rate (challenger_reward); V_Q is added to it, too.
+    scale: what R, then in 0..1, has been multiplied by; such a reward is multiplied by it as well.
     ValueError when N < 2.
     """
     if R.dim() != 2 or R.shape[0] < 2:
         raise ValueError(f"rewards must be (N, G) with N >= 2, found {tuple(R.shape)}")
     V = R.mean(dim=1)                                          # (N,)   Eq. 2: V[n] = mean_g R[n, g]
+    if kind != "lsp":
+        V = -scale * challenger_reward(R / scale, kind)                # (N,)
     reward = -V if R_Q is None else R_Q.mean(dim=1) - V                # (N,)   S[n] = V_Q[n] - V[n]
     return reward - reward.mean()                                  # Eq. 3: A_ch[n] = mean(V) - V[n]
+
+
+def challenger_reward(R: Tensor, kind: str) -> Tensor:
+    """What a query is worth in other papers: (N, G) rewards in 0..1 in, (N,) in 0..1 out.
+
+    With p the mean of a query's rewards, its solve rate where they are 0 or 1:
+      r-zero         1 - 2 |p - 1/2|                  arXiv 2508.05004; without its penalty for
+                                                      repetition, and p is the share of right
+                                                      answers, not of those that agree
+      spice          exp(-(Var R - 1/4)^2 / 0.02)     arXiv 2510.24684: largest where the variance
+                                                      is that of a fair coin
+      absolute-zero  1 - p, but 0 where p is 0        arXiv 2505.03335
+    """
+    p = R.mean(dim=1)                                                        # (N,)
+    if kind == "r-zero":
+        return 1 - 2 * (p - 0.5).abs()
+    if kind == "spice":
+        return torch.exp(-(R.var(dim=1, correction=0) - 0.25).square() / 0.02)
+    if kind == "absolute-zero":
+        return (1 - p) * (p > 0)
+    raise ValueError(f"kind must be one of {', '.join(CHALLENGER_REWARDS)}, found {kind!r}")
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str) -> Tensor:

@@ -15,7 +15,7 @@ Shapes: M pairs of texts, N queries, G answers a query, S possible scores, D hid
 """
 import math
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -112,17 +112,25 @@ def as_rewards(values, count: int) -> Tensor:
     return torch.where(R.isfinite(), R, float("nan"))
 
 
-def score(reward, queries: list[str], answers: list[str], golds: list, stopped: Tensor) -> Tensor:
-    """R of pairs, (len,) fp32 on the CPU. stopped: (len,) bool, False where an answer was cut off.
+def score(reward, queries: list[str], answers: list[str], golds: list, stopped: Tensor, *,
+          rates: bool = False) -> Tensor:
+    """R of pairs, (len,) fp32 on the CPU. stopped: (len,) bool, False where it was truncated.
+    rates: whether their mean must be a solve rate; then RunStopped for one outside of 0..1.
 
     A check f of a truncated answer counts min(f(text), f("")): being cut off never pays, and half
-    of an answer is none ("#### 4" may be half of 42). A reward that is a model is asked as it is.
+    of an answer is none ("#### 4" may be half of 42). Where answers vote, a truncated one does not.
+    A reward that is a model is asked as it is.
     """
+    if reward is majority:
+        answers = [answer * whole for answer, whole in zip(answers, stopped.tolist())]
     R = as_rewards(reward(queries, answers, golds), len(queries))
     cut = (~stopped).nonzero()[:, 0].tolist()
     if cut and not hasattr(reward, "model"):
         empty = reward([queries[i] for i in cut], [""] * len(cut), [golds[i] for i in cut])
         R[cut] = R[cut].minimum(as_rewards(empty, len(cut)))
+    if rates and ((R < 0) | (R > 1)).any():
+        raise RunStopped("--challenger-reward needs rewards between 0 and 1 for a solve rate; "
+                         f"found {R.min():g} to {R.max():g}")
     return R
 
 
@@ -386,13 +394,32 @@ def exact(queries: list[str], answers: list[str], golds: list[str]) -> Tensor:
     return torch.tensor(right, dtype=torch.float32)
 
 
+def majority(queries: list[str], answers: list[str], golds: list | None = None) -> Tensor:
+    """1.0 where an answer's final number is the most frequent one of its query's, else 0.0:
+    (M,) fp32. No gold answer and no model is needed.
+
+    Answers without a number do not vote, and earn 0; where two numbers share the first place, all
+    earn 0. Equal answers vote each. It can only strengthen what the Solver mostly says already.
+    """
+    numbers = [final_number(answer) for answer in answers]
+    votes = {query: Counter() for query in queries}
+    for query, number in zip(queries, numbers):
+        votes[query].update([number] if number is not None else [])
+    first = {query: max(count.values(), default=0) for query, count in votes.items()}
+    alone = {query: list(votes[query].values()).count(most) == 1 for query, most in first.items()}
+    return torch.tensor([float(number is not None and alone[query]
+                               and votes[query][number] == first[query])
+                         for query, number in zip(queries, numbers)])
+
+
 def math_answers(queries: list[str], answers: list[str], golds: list[str]) -> Tensor:
     """1.0 where what the answer boxes has the gold answer's value, else 0.0: (M,) fp32."""
     right = [(said := boxed(a)) is not None and same_value(said, g) for a, g in zip(answers, golds)]
     return torch.tensor(right, dtype=torch.float32)
 
 
-CHECKS = {"exact": exact, "math": math_answers}           # by name; train.py adds the world's
+# By name; train.py adds the embedded world's.
+CHECKS = {"exact": exact, "math": math_answers, "majority": majority}
 # Which need a gold answer, and what one must be.
 NEED_GOLD = {"exact": ("a number", lambda gold: final_number(gold) is not None),
              "math": ("a text", lambda gold: math_verify() and gold.strip() != "")}

@@ -118,7 +118,8 @@ def play(game: "Game", step: int) -> Round:
     else:
         with game.phase("reward", getattr(game.reward, "model", None)):
             stopped = torch.tensor([row.stopped for group in r.answer_rows for row in group])
-            R = rewards.score(game.reward, queries, answers, golds, stopped)             # (n*G,)
+            R = rewards.score(game.reward, queries, answers, golds, stopped,
+                              rates=s.challenger_reward != "lsp")                        # (n*G,)
             r.truncated_inputs["rewarded"] = getattr(game.reward, "truncated_inputs", 0)
     r.R = R.view(-1, G)                                                                  # (n, G)
     if s.self_reward:
@@ -137,7 +138,8 @@ def play(game: "Game", step: int) -> Round:
     if r.query_rows:
         r.A_ch = torch.zeros(len(r.queries))                                             # (N,)
         if len(R) > 1:
-            r.A_ch[r.learn] = lsp.challenger_advantages(R, R_Q)                           # Eq. 3
+            r.A_ch[r.learn] = lsp.challenger_advantages(R, R_Q, s.challenger_reward,
+                                                        s.reward_scale)                  # Eq. 3
     return r
 
 

@@ -22,8 +22,9 @@ from plumbing.files import (
 
 # What the method's files offer, by name (tests/test_house.py holds the two sides together).
 KL_ESTIMATORS = ("k2", "k2-seq", "k3", "paper")              # lsp.py
+CHALLENGER_REWARDS = ("lsp", "r-zero", "spice", "absolute-zero")
 READINGS = ("generate", "expected")                          # of a judge: rewards.py
-CHECKS, NEED_GOLD = ("exact", "math", "tiny"), ("exact", "math")
+CHECKS, NEED_GOLD = ("exact", "math", "majority", "tiny"), ("exact", "math")
 MIXES, STORIES = ("easy", "balanced"), "stories"             # of the embedded worlds
 
 
@@ -39,8 +40,11 @@ class Settings:
     algo: str = setting("lsp", "lsp: with self-reward; lsp-zero: without; grpo: on --prompts; "
                         "rlpt: on --text", choices=("lsp", "lsp-zero", "grpo", "rlpt"))
     reward: str = setting("skywork-v2-3b", "R: a reward model's name, directory or hub id; exact "
-                          "or math (against the gold answer); tiny (the embedded sums); "
-                          "FILE:FUNCTION (your own)")
+                          "or math (against the gold answer); majority (of the answers to a "
+                          "query); tiny (the embedded sums); FILE:FUNCTION (your own)")
+    challenger_reward: str = setting("lsp", "the Challenger's reward: lsp (V_Q - V), or from the "
+                                     "solve rate r-zero, spice, absolute-zero (R must be 0..1)",
+                                     choices=CHALLENGER_REWARDS)
     reward_scale: float = setting(1.0, "R is multiplied by it, to stand beside R_Q's 0..7", 0)
     reference: str | None = setting(None, "frozen model of the KL term (default: the start)")
     judge: str | None = setting(None, "frozen model of the self-reward, or of rlpt's verdict "
@@ -136,7 +140,8 @@ STRANGERS_MAY_SET = ("text", "task", "template", "reward", "mask_truncated", "ch
 # Numbers are not: one command line may serve a sweep over algorithms.
 NEEDS = {
     "a Challenger: --algo lsp or lsp-zero": (
-        lambda s: s.algo in CHALLENGED, ("task", "template", "challenger_prompt")),
+        lambda s: s.algo in CHALLENGED,
+        ("task", "template", "challenger_prompt", "challenger_reward")),
     "a judge: --algo lsp or rlpt": (lambda s: s.algo in JUDGED, ("judge",)),
     "a self-reward: --algo lsp": (lambda s: s.algo == "lsp", ("self_reward_prompt",)),
     "plain text: --algo rlpt": (lambda s: s.algo == "rlpt", ("text", "verdict", "strict")),
@@ -161,7 +166,7 @@ PLACES = ("model", "reference", "judge", "reward", "prompts", "eval_prompts", "t
 RETUNE = ("steps", "device", "batch_tokens", "micro_batch_tokens", "checkpointing")
 COMMANDS = ("resume", "requeue", "overwrite", "watch", "dry_run", "out")     # not what a run is
 # Settings that came later; their defaults are what runs did before, so that older ones go on.
-ADDED = ("offload", "gpu_memory", "dry_run", "date_string")
+ADDED = ("offload", "gpu_memory", "dry_run", "date_string", "challenger_reward")
 
 
 def resolve(given: dict) -> tuple[Settings, dict]:
@@ -305,6 +310,9 @@ def check(s: Settings):
     if s.algo in CHALLENGED and s.reward in NEED_GOLD:
         raise InputError(f"--reward {s.reward} needs gold answers, which a Challenger's query "
                          "lacks: --algo grpo")
+    if s.challenger_reward != "lsp" and s.reward not in CHECKS and ":" not in s.reward:
+        raise InputError(f"--challenger-reward {s.challenger_reward} needs rewards between 0 and "
+                         f"1, of which it makes a solve rate: --reward {s.reward} is a model")
     if s.algo != "lsp" and s.self_reward:
         raise InputError(f"--self-reward is for --algo lsp; {s.algo} has none")
     if s.algo != "rlpt" and s.verdict:

@@ -98,6 +98,7 @@ def test_no_file_is_longer_than_a_sitting():
 
 def test_the_names_that_settings_offer_are_those_of_the_method():
     assert settings.KL_ESTIMATORS == lsp.KL_ESTIMATORS and settings.READINGS == rewards.READINGS
+    assert settings.CHALLENGER_REWARDS == lsp.CHALLENGER_REWARDS
     assert settings.CHECKS == tuple(train.rewards.CHECKS)
     assert settings.NEED_GOLD == tuple(rewards.NEED_GOLD)
     assert settings.MIXES == tuple(world.MIXES) and settings.STORIES == world.STORIES

@@ -121,6 +121,20 @@ def test_micro_batches_add_up_to_the_whole_batch(kl):
     assert all(torch.allclose(gradients[0], g, rtol=0, atol=1e-14) for g in gradients[1:])
 
 
+@pytest.mark.parametrize("kind, earned", [
+    ("r-zero", [0.0, 0.5, 1.0, 0.0]), ("absolute-zero", [0.0, 0.25, 0.5, 0.0]),
+    ("spice", [0.04394, 0.82258, 1.0, 0.04394])])   # exp(-(3/16 - 1/4)^2 / .02) = exp(-.1953125)
+def test_other_challenger_rewards_equal_hand_worked_numbers(kind, earned):
+    R = torch.tensor([[1.0] * 4, [1, 1, 1, 0], [1, 0, 1, 0], [0] * 4])      # p = 1, 3/4, 1/2, 0
+    assert lsp.challenger_reward(R, kind).tolist() == pytest.approx(earned, abs=1e-5)
+    earned, R_Q = 5 * torch.tensor(earned), torch.tensor([[7.0], [6], [7], [0]]).expand(4, 4)
+    assert torch.allclose(lsp.challenger_advantages(5 * R, None, kind, 5.0),
+                          earned - earned.mean(), atol=1e-4)
+    judged = earned + R_Q[:, 0]                                              # V_Q is added
+    assert torch.allclose(lsp.challenger_advantages(5 * R, R_Q, kind, 5.0),
+                          judged - judged.mean(), atol=1e-4)
+
+
 def test_what_lies_beyond_a_rows_end_is_never_read():
     logits, tokens, mask, ref, A = rows()
     logp = logp_of(logits, tokens)

@@ -14,6 +14,7 @@ import rewards
 from evals import judges
 from model import load_model
 from plumbing.chat import Tokenizer, without_tags
+from plumbing.cli import RunStopped
 from plumbing.files import HERE, InputError, read_prompt
 from rewards import (
     SELF_REWARD,
@@ -295,6 +296,23 @@ def test_the_expected_reading_needs_one_token_a_digit(judge, monkeypatch):
     monkeypatch.setattr(tokenizer, "encode", lambda text: [1, 2])
     with pytest.raises(InputError, match="one token for each of the digits"):
         Judge(model, tokenizer, "", SELF_REWARD, reading="expected")(["q"], ["a"])
+
+
+def test_the_majority_of_a_querys_answers_is_right_and_a_tie_is_not():
+    asked = ["q"] * 5 + ["p"] * 4 + ["none"] * 2
+    answers = ["It is 4.", "4", "5", "no idea", "#### 4.0", "1", "2", "1", "2", "what", "ever"]
+    right = [1, 1, 0, 0, 1] + [0] * 4 + [0] * 2
+    assert rewards.majority(asked, answers).tolist() == right
+    stopped = torch.tensor([False, False, True, True, True] + [True] * 6)     # 4 is cut off twice
+    R = rewards.score(rewards.majority, asked, answers, [None] * 11, stopped)
+    assert R[:5].tolist() == [0] * 5                       # 4 and 5 now share the first place
+
+
+def test_a_challenger_that_is_paid_by_solve_rate_refuses_other_rewards():
+    double = lambda queries, answers, golds: [2.0] * len(answers)
+    assert rewards.score(double, ["q"], ["a"], [None], torch.tensor([True])).item() == 2
+    with pytest.raises(RunStopped, match="between 0 and 1 for a solve rate; found 2 to 2"):
+        rewards.score(double, ["q"], ["a"], [None], torch.tensor([True]), rates=True)
 
 
 # ---------------------------------------------------------------- numbers

@@ -4,9 +4,10 @@ Read first: exercise 5, README.md (the embedded world); the check plays for a mi
 
 LSP pays its Challenger -V + V_Q. Others ask no judge; p is the share of the G answers to a query
 that are right:
-    R-Zero           min(p, 1 - p)             uncertainty (and a penalty for repetition)
-    SPICE            the variance of R         the same thought, rounder
+    R-Zero           1 - 2 |p - 1/2|           uncertainty (and a penalty for repetition)
+    SPICE            a bump around Var R = 1/4 the same thought, rounder
     Absolute Zero    1 - p, but 0 if p = 0     learnability
+(train.py plays them as --challenger-reward r-zero, spice, absolute-zero.)
 Write one of these or, better, one of your own: the advantages of N queries, (N,), from R (N, G),
 which is 0 or 5 in this world, and R_Q (N, G), 0..7. The check looks at six queries, then plays
 train.py --algo lsp with your function in place of lsp.challenger_advantages, which passes too, and
@@ -55,7 +56,8 @@ def check(challenger_advantages=challenger_advantages, play=play):
     assert A[5] < A[1:4].max(), (
         "a malformed query, which nobody can solve and the judge gave 0, is worth as much as any "
         "that can be solved: the Challenger will ask for nothing else, as LSP-Zero's does")
-    before, lsp.challenger_advantages = lsp.challenger_advantages, challenger_advantages
+    before = lsp.challenger_advantages
+    lsp.challenger_advantages = lambda R, R_Q, *how: challenger_advantages(R, R_Q)
     try:
         last = play(*FLAGS)
     finally:

@@ -106,35 +106,25 @@ def top_k():
 def sign_trap():
     """The Challenger's V is taken of R + R_Q, so that V_Q cancels: S = V_Q - (V + V_Q) = -V."""
     right = lsp.challenger_advantages
-    lsp.challenger_advantages = lambda R, R_Q=None: right(R if R_Q is None else R + R_Q, R_Q)
+    lsp.challenger_advantages = lambda R, R_Q=None, *how: right(R if R_Q is None else R + R_Q, R_Q)
     return []
 
 
 # ------------------- no faults: the Challenger's reward elsewhere, and nobody judges (exercise 10)
 
-def play_for(reward):
-    """LSP-Zero with another reward of a query than -V, given its solve rate p, (N,) to (N,)."""
-    def advantages(R, R_Q=None):
-        earned = reward((R > 0).float().mean(1))
-        return earned - earned.mean()
-
-    lsp.challenger_advantages = advantages
-    return ["--algo", "lsp-zero"]
-
-
 def r_zero():
-    """R-Zero's uncertainty, min(p, 1 - p), p a query's solve rate; brought to LSP's range 0..5."""
-    return play_for(lambda p: 10 * torch.minimum(p, 1 - p))
+    """R-Zero's uncertainty, 1 - 2 |p - 1/2|, p a query's solve rate."""
+    return ["--algo", "lsp-zero", "--challenger-reward", "r-zero"]
 
 
 def spice():
-    """SPICE's variance of the Solver's rewards, p (1 - p); brought to LSP's range 0..5."""
-    return play_for(lambda p: 20 * p * (1 - p))
+    """SPICE's bump around the variance of a fair coin."""
+    return ["--algo", "lsp-zero", "--challenger-reward", "spice"]
 
 
 def absolute_zero():
-    """Absolute Zero's learnability, 1 - p, but 0 where nobody is right; times 5, LSP's range."""
-    return play_for(lambda p: 5 * (1 - p) * (p > 0))
+    """Absolute Zero's learnability, 1 - p, but 0 where nobody is right."""
+    return ["--algo", "lsp-zero", "--challenger-reward", "absolute-zero"]
 
 
 FAULTS = {f.__name__.replace("_", "-"): f for f in (
