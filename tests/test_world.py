@@ -87,8 +87,9 @@ def test_training_prompts_have_their_mix_and_never_a_held_out_pair(mix):
     queries, golds = zip(*drawn)
     assert not any(map(world.is_held_out, queries))
     assert world.reward(queries, golds).min() == 1
-    total, shares = sum(world.MIXES[mix].values()), world.challenger_shares(queries)
-    assert all(abs(shares[c] - world.MIXES[mix][c] / total) < 0.03 for c in world.CLASSES)
+    total, shares = sum(world.MIXES[mix]), world.challenger_shares(queries)
+    assert all(abs(shares[name] - weight / total) < 0.03
+               for name, weight in zip(world.CLASSES, world.MIXES[mix]))
 
 
 # ---------------------------------------------------------------- the shipped model
