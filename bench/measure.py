@@ -219,9 +219,10 @@ def in_child(what: str, side: str, load: Load) -> dict | None:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def curves(args, what: str, sides, base: Load, growth: dict) -> list[dict]:
-    """Seconds and memory of one run in a fresh process, for each point of each curve: one quantity
-    grows, the others stay as in `base`. Single runs, no pairs: shapes, not speed claims."""
+def curves(args, what: str, sides, base: Load, growth: dict, bounds: dict):
+    """Report seconds and memory of one run in a fresh process, for each point of each curve: one
+    quantity grows, the others stay as in `base`. These are single runs without pairs. They show
+    shapes and support no claim about speed."""
     points = []
     for key in filter(lambda key: chosen(args, key), growth):
         for value in growth[key]:
@@ -229,7 +230,8 @@ def curves(args, what: str, sides, base: Load, growth: dict) -> list[dict]:
                 at = replace(base, **{key: value})
                 figures = in_child(what, side, at) or {"skipped": missing(side)}
                 points.append({"curve": key, "value": value, "side": side} | figures)
-    return points
+    print(curve_table(points))
+    finish(args, f"{what}-curves", bounds, {"points": points})
 
 
 def curve_table(points: list[dict]) -> str:

@@ -88,10 +88,8 @@ def main():
                 new_tokens=args.new_tokens)
     bounds = measure.machine_bounds(small=args.shape == "tiny")
     if args.curves:
-        points = measure.curves(args, "sampler", SIDES, replace(base, prompts=2, new_tokens=32),
-                                CURVES)
-        print(measure.curve_table(points))
-        measure.finish(args, "sampler-curves", bounds, {"points": points})
+        small = replace(base, prompts=2, new_tokens=32)
+        measure.curves(args, "sampler", SIDES, small, CURVES, bounds)
         return
     rows = []
     for prompts, group, varied in WORKLOADS:

@@ -311,9 +311,7 @@ def main():
                 new_tokens=args.new_tokens, beta=args.beta, micro_rows=args.micro_rows)
     if args.curves:
         start = replace(base, prompts=1, new_tokens=32, micro_rows=1024)
-        points = measure.curves(args, "update", ("ours", "transformers-kept"), start, CURVES)
-        print(measure.curve_table(points))
-        measure.finish(args, "update-curves", bounds, {"points": points})
+        measure.curves(args, "update", ("ours", "transformers-kept"), start, CURVES, bounds)
         return
     rows = []
     for vocabulary in args.vocabularies:

@@ -8,13 +8,10 @@ Each run is a plain `python train.py --algo rlpt ...`, one thread; its config.js
 and eval.jsonl are kept in bench/results/tiny-rlpt/NAME-SEED. Prints a table of means with the range
 over the seeds.
 """
-import argparse
 import statistics
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tiny_seeds import ROOT, lines, run
+from tiny_seeds import arguments, lines, run, run_all
 
 RUNS = {
     "both": [],
@@ -53,17 +50,9 @@ def table(names: list[str], seeds: list[int], results: Path) -> list[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="RLPT in the embedded world over many seeds.")
-    parser.add_argument("--seeds", type=int, nargs="+", required=True)
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--results", type=Path, default=ROOT / "bench/results/tiny-rlpt")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--print", action="store_true", help="run nothing, print what is there")
-    args = parser.parse_args()
-    jobs = [(name, seed) for name in args.only for seed in args.seeds if not args.print]
-    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: run(*job, ["--algo", "rlpt", *RUNS[job[0]]], Path(work),
-                                      args.results), jobs))
+    args = arguments("RLPT in the embedded world over many seeds.", list(RUNS), "tiny-rlpt")
+    run_all(args, [list(RUNS)], lambda name, seed, work, results: run(
+        name, seed, ["--algo", "rlpt", *RUNS[name]], work, results))
     print("\n".join(table(args.only, args.seeds, args.results)))
 
 

@@ -103,22 +103,33 @@ def table(names: list[str], seeds: list[int], results: Path) -> tuple[list[str],
     return lines, means
 
 
-def main():
-    parser = argparse.ArgumentParser(description="The embedded world over many seeds.")
+def arguments(description: str, names: list[str], results: str) -> argparse.Namespace:
+    """The flags of this script and of tiny_rlpt_seeds.py."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument("--results", type=Path, default=ROOT / "bench/results/tiny")
-    parser.add_argument("--work", type=Path, help="folder of whole runs (default: temporary)")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=names, default=names,
+                        help="settings to run and print (default: all)")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench/results" / results,
+                        help=f"directory of the kept records (default bench/results/{results})")
+    parser.add_argument("--work", type=Path, help="directory of whole runs (default: temporary)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     parser.add_argument("--print", action="store_true", help="run nothing, print what is there")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
-        for stage in (False, True):                          # second stages after the first ones
-            jobs = [(name, seed) for name in args.only for seed in args.seeds
-                    if bool(RUNS[name][0]) == stage and not args.print]
-            with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(lambda job: play(*job, work, args.results), jobs))
+    return parser.parse_args()
+
+
+def run_all(args: argparse.Namespace, stages: list[list[str]], play):
+    """play(name, seed, work, results) for the chosen runs, a later stage after the earlier ones."""
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
+        for names in stages if not args.print else []:
+            jobs = [(name, seed) for name in args.only for seed in args.seeds if name in names]
+            list(pool.map(
+                lambda job: play(*job, args.work or Path(temporary), args.results), jobs))
+
+
+def main():
+    args = arguments("The embedded world over many seeds.", list(RUNS), "tiny")
+    first = [name for name in RUNS if RUNS[name][0] is None]
+    run_all(args, [first, [name for name in RUNS if name not in first]], play)
     for name in args.only:
         rows = {seed: figures(args.results / f"{name}-{seed}") for seed in args.seeds}
         keys = list(rows[args.seeds[0]])

@@ -13,7 +13,7 @@ from plumbing.chat import Tokenizer
 from plumbing.files import InputError, find_model, read_prompt
 from plumbing.settings import resolve
 from sample import sample, text_of
-from tiny import world
+from tiny import build, build_rlpt, supervised, world
 
 TINY = find_model("tiny")
 
@@ -87,8 +87,9 @@ def test_training_prompts_have_their_mix_and_never_a_held_out_pair(mix):
     queries, golds = zip(*drawn)
     assert not any(map(world.is_held_out, queries))
     assert world.reward(queries, golds).min() == 1
-    total, shares = sum(world.MIXES[mix].values()), world.challenger_shares(queries)
-    assert all(abs(shares[c] - world.MIXES[mix][c] / total) < 0.03 for c in world.CLASSES)
+    total, shares = sum(world.MIXES[mix]), world.challenger_shares(queries)
+    assert all(abs(shares[name] - weight / total) < 0.03
+               for name, weight in zip(world.CLASSES, world.MIXES[mix]))
 
 
 # ---------------------------------------------------------------- the shipped model
@@ -169,6 +170,40 @@ def test_transformers_opens_the_embedded_model(base):
     with torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY)(torch.tensor([ids])).logits
         assert (model.logits(model(torch.tensor([ids]))) - theirs).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------- the builders
+
+def test_the_builders_loss_is_the_cross_entropy_of_the_replies_alone(base):
+    model, tokenizer = base
+    rows = [("What is 37 + 48?", "85"), ("What is 57 + 68?", "125")]
+    expected = count = 0
+    for turn, reply in rows:
+        prompt = tokenizer.chat([{"role": "user", "content": turn}])
+        reply = [*tokenizer.encode(reply), *tokenizer.stop_ids]
+        logp = model.logits(model(torch.tensor([prompt + reply])))[0].log_softmax(-1)
+        expected -= sum(logp[len(prompt) - 1 + i, token] for i, token in enumerate(reply))
+        count += len(reply)
+    loss, tokens = supervised.reply_loss(model, tokenizer, rows)
+    assert tokens == count == 7 and abs(loss - expected) < 1e-3
+
+
+@pytest.mark.parametrize("builder, flags", [(build, ["--open-hole"]), (build_rlpt, [])])
+def test_a_builder_writes_a_model_that_train_plays(builder, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(builder, "STAGES", [
+        (50 if stage == 0 else 1, rate, dict.fromkeys(rows, 1))
+        for stage, (_, rate, rows) in enumerate(builder.STAGES)])
+    monkeypatch.setattr(world, "held_out", lambda a, b: (a, b) in ((12, 34), (37, 48)))
+    monkeypatch.setattr(sys, "argv", ["build.py", "--seed", "3", "--out", str(tmp_path), *flags])
+    builder.main()
+    printed = capsys.readouterr().out
+    assert "step 50, " in printed and "accuracy" in printed and "sampled" in printed
+    shipped = TINY if builder is build else find_model("tiny-rlpt")
+    for file in (f for f in shipped.rglob("*") if f.suffix in (".json", ".txt")):
+        if builder is build_rlpt or "rlpt" not in file.parts:
+            assert (tmp_path / file.relative_to(shipped)).read_bytes() == file.read_bytes()
+    new, old = load_model(tmp_path), load_model(shipped)
+    assert all(not torch.equal(p, q) for p, q in zip(new.parameters(), old.parameters()))
 
 
 # ---------------------------------------------------------------- a short game

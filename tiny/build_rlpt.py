@@ -9,33 +9,21 @@ A prediction is preceded by one visible thought, whether a carry or a borrow is 
 thoughts only, then with a misconception: where it is needed it is most often denied. So the skill
 is there, seldom used, and RLPT can find it.
 """
-import argparse
 import random
 import re
 import sys
-import time
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))               # the project's files, one folder up
-from model import Llama, save_model  # noqa: E402
 from plumbing.chat import Tokenizer, fill  # noqa: E402
 from plumbing.files import read_prompt  # noqa: E402
-from rewards import VERDICT, Judge  # noqa: E402
-from rlpt import END, START, extract  # noqa: E402
+from rlpt import END, START  # noqa: E402
 from tiny import world  # noqa: E402
-from tiny.build import new_model, pattern_of, show, train, write, write_files  # noqa: E402
+from tiny.supervised import arguments, build  # noqa: E402
 
 THOUGHTS = {"asr": ("No carry. ", "Carry. "), "msr": ("No borrow. ", "Borrow. ")}
-WORDS = ["Next: ", "Fill: ", "<MASK>", "Begins: ", "Equals: ", "<Reference>", "</Reference>",
-         "<Predicted>", "</Predicted>", "Score:", *"0123456789", "Ann", "Bob", "Eve", "Tom", "She",
-         "He", "Now ", "Now", " has ", " has", " gets ", " gets", " is glad", "In all ", "In all",
-         "Then ", "Then", " more", ". ", ".", " ", "\n", START, END,
-         *THOUGHTS["asr"], *THOUGHTS["msr"]]
-PROMPTS = ("asr", "msr", "verdict", "verdict_strict")
-FILES = ("training.json", *(f"prompts/{name}.txt" for name in PROMPTS))
+TOKENIZER = Tokenizer(HERE / "rlpt")
 
 # Steps, learning rate at the start, rows of each step: the judge alone, drilled in telling numbers
 # apart (beside the sums it takes far longer); the sums, right; the misconception, lightly.
@@ -52,7 +40,7 @@ PARAPHRASED, LONGER, TRUNCATED = 0.15, 0.34, 0.05      # shares of the predictio
 
 def broken_off(text: str, rng: random.Random) -> str:
     """A sentence without its end: some of its words, at least one."""
-    words = re.findall(pattern_of(WORDS), text)
+    words = [TOKENIZER.decode([token]) for token in TOKENIZER.encode(text)]
     return "".join(words[:rng.randint(1, len(words) - 1)]).strip()
 
 
@@ -152,79 +140,16 @@ def judge_row(pairs: list, drilled: float, rng: random.Random) -> tuple[str, str
     return turn, f"Score: {int(verdict(reference, said, strict))}"
 
 
-# ---------------------------------------------------------------- training and figures
-
-def predictor_figures(model: Llama, tokenizer: Tokenizer, temperature: float) -> dict[str, float]:
-    """Shares of the predictions of held-out stories: right ones, and those that break off."""
-    tasks = world.held_out_tasks()
-    turns = [fill(prompt(kind), context="".join(pieces[:at]).strip(), next=pieces[at + 1].strip())
-             for kind, pieces, at in tasks]
-    texts = write(model, tokenizer, turns, temperature)
-    figures = world.story_figures(tasks, [extract(text, 0)[0] for text in texts])
-    cut = {f"{kind}_truncated": share for kind, share in figures["truncated"].items()}
-    return figures["accuracy"] | cut
-
-
-def predictions(sentences: list[str], at: int, rng: random.Random) -> dict[str, str]:
-    """Of a story, a prediction of each kind."""
-    said, after = sentences[at:at + 2]
-    number = int(re.search("[0-9]+", said)[0])
-    with_number = lambda other: said.replace(str(number), str(other))
-    missed = with_number(number + (10 if at == world.TARGETS["msr"] else -10))
-    return {"right": said, "right, in other words": world.wordings(said)[-1],
-            "right, and the next one": f"{said} {after}", "the misconception": missed,
-            "that, and the next one": f"{missed} {after}",
-            "another number": with_number(other_number(number, rng)),
-            "broken off": broken_off(said, rng)}
-
-
-def judge_figures(model: Llama, tokenizer: Tokenizer):
-    """Print P(Score: 1) and how often the likelier verdict is right, by rule and prediction."""
-    rng, families = random.Random(0), {}
-    for _, pieces, at in world.held_out_tasks()[::3]:
-        sentences = [piece.strip() for piece in pieces]
-        for name, said in predictions(sentences, at, rng).items():
-            for rule, most in (("verdict", 3), ("verdict_strict", 1)):
-                families.setdefault((rule, name), []).append((sentences[at:at + most], said))
-    for (rule, name), cases in families.items():
-        judge = Judge(model, tokenizer, prompt(rule), VERDICT, "expected")
-        P, _ = judge([" ".join(r) for r, _ in cases], [p for _, p in cases])
-        labels = torch.tensor([verdict(*case, rule == "verdict_strict") for case in cases])
-        show(f"{rule}: {name}", {
-            "P(1)": P.mean().item(), "right": ((P > 0.5) == labels).float().mean().item()})
-
-
-def train_stories(model: Llama, tokenizer: Tokenizer, *, seed: int):
-    """The predictor and the judge of this file's head."""
-    rng = random.Random(seed)
-    pairs = world.Stories(held=False).pairs
+def main():
+    args = arguments("Train the embedded model that plays RLPT from random weights.").parse_args()
+    rng, pairs = random.Random(args.seed), world.Stories(held=False).pairs
 
     def row(kind, stage):
         if kind == "judge":
             return judge_row(pairs, DRILL[stage], rng)
         return predictor_row(kind, pairs, KEEP[stage], rng)
 
-    def look():
-        show("the skill, greedy", predictor_figures(model, tokenizer, 0))
-    train(model, tokenizer, STAGES, row, look, JUDGE_WEIGHT)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Train the embedded model that plays RLPT.")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    args = parser.parse_args()
-    torch.set_num_threads(1)                       # the same order of sums on every machine
-    torch.manual_seed(args.seed)
-    write_files(args.out, WORDS)
-    tokenizer, model = Tokenizer(args.out), new_model(args.out, HERE / "rlpt", FILES)
-    start = time.time()
-    train_stories(model, tokenizer, seed=args.seed)
-    save_model(model, args.out)
-    print(f"trained in {time.time() - start:.0f} s")
-    show("greedy", predictor_figures(model, tokenizer, 0))
-    show("T = 1", predictor_figures(model, tokenizer, 1))
-    judge_figures(model, tokenizer)
+    build(HERE / "rlpt", args.out, args.seed, STAGES, row, JUDGE_WEIGHT)
 
 
 if __name__ == "__main__":

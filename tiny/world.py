@@ -20,23 +20,16 @@ import zlib
 from itertools import product
 
 import torch
-from torch import Tensor
 
 CLASSES = ("none", "unit", "tens", "both")
-HELD_OUT = 0.12                     # share of the pairs that no training touches
-# Classes of the training queries that GRPO is given, as weights. "easy": what the base Challenger
-# was taught to ask, malformed queries apart.
-MIXES = {
-    "easy": {"none": 0.75, "unit": 0.09, "tens": 0.07, "both": 0.04},
-    "balanced": {"none": 0.25, "unit": 0.25, "tens": 0.25, "both": 0.25},
-}
+# Weights of the classes among GRPO's training queries. "easy" has the weights with which the base
+# Challenger asks.
+MIXES = {"easy": (0.75, 0.09, 0.07, 0.04), "balanced": (0.25, 0.25, 0.25, 0.25)}
 PEOPLE = (("Ann", "She"), ("Bob", "He"), ("Eve", "She"), ("Tom", "He"))
 PARAPHRASES = {r"Now [A-Z][a-z]+ has ([0-9]+)\.": "In all {}.",
                r"S?[Hh]e gets ([0-9]+)\.": "Then {} more."}
 STORIES = "stories"                 # what train.py's --text calls them
 TARGETS = {"asr": 2, "msr": 1}      # of a story's sentences, the one to predict
-# [0-9] and not \d, which also takes digits of other scripts.
-QUERY = re.compile(r"What is ([1-9][0-9]) \+ ([1-9][0-9])\?")
 
 
 # ---------------------------------------------------------------- queries
@@ -48,7 +41,8 @@ def query_text(a: int, b: int) -> str:
 
 def parse_query(text: str) -> tuple[int, int] | None:
     """(a, b) if the whole text is a query of this world, to the character; else None."""
-    match = QUERY.fullmatch(text)
+    # [0-9] and not \d, which also takes digits of other scripts.
+    match = re.fullmatch(r"What is ([1-9][0-9]) \+ ([1-9][0-9])\?", text)
     return (int(match[1]), int(match[2])) if match else None
 
 
@@ -68,12 +62,11 @@ def classify(query: str) -> str:
 # ---------------------------------------------------------------- the held-out split
 
 def held_out(a: int, b: int) -> bool:
-    """Whether a pair is kept for evaluation: 12 % of all, by a hash that never changes.
+    """Whether no training touches a pair: 12 % of all, by a hash that never changes.
 
-    a + b and b + a fall on the same side: training on the one would give the other away.
+    a + b and b + a are on the same side: training on the one would give the other away.
     """
-    text = f"{min(a, b)}+{max(a, b)}"
-    return zlib.crc32(text.encode()) % 1000 < 1000 * HELD_OUT
+    return zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % 1000 < 120
 
 
 def is_held_out(query: str) -> bool:
@@ -92,19 +85,21 @@ def held_out_queries() -> list[str]:
     return [query_text(a, b) for a, b in pairs(held=True)]
 
 
+def training_pairs() -> dict[str, list[tuple[int, int]]]:
+    """For each class, its pairs that are not held out, in order."""
+    return {name: [pair for pair in pairs(held=False) if carry_class(*pair) == name]
+            for name in CLASSES}
+
+
 def prompts(mix: str, count: int, *, seed: int) -> list[tuple[str, str]]:
     """`count` training (query, gold) for GRPO, classes drawn from MIXES[mix], none held out.
 
     Deterministic from the seed, and a longer list begins with the shorter one.
     """
-    generator = random.Random(seed)
-    by_class = {name: [] for name in CLASSES}
-    for a, b in pairs(held=False):
-        by_class[carry_class(a, b)].append((a, b))
-    shares = MIXES[mix]
+    generator, by_class = random.Random(seed), training_pairs()
     out = []
     for _ in range(count):
-        name = generator.choices(CLASSES, [shares[c] for c in CLASSES])[0]
+        name = generator.choices(CLASSES, MIXES[mix])[0]
         a, b = generator.choice(by_class[name])
         out.append((query_text(a, b), str(a + b)))
     return out
@@ -118,7 +113,7 @@ def correct(query: str, answer: str) -> bool:
     return pair is not None and answer == str(sum(pair))
 
 
-def reward(queries: list[str], answers: list[str], golds: list | None = None) -> Tensor:
+def reward(queries: list[str], answers: list[str], golds: list | None = None) -> torch.Tensor:
     """R(q, a): 1 where the query parses strictly and the answer is its sum, else 0; (len,) fp32.
 
     The gold answers are not needed: the query holds its own.
@@ -126,23 +121,24 @@ def reward(queries: list[str], answers: list[str], golds: list | None = None) ->
     return torch.tensor([float(correct(q, a)) for q, a in zip(queries, answers, strict=True)])
 
 
-def accuracy(queries: list[str], answers: list[str]) -> dict[str, float]:
-    """Share of right answers by class, and "carry", the plain mean of unit, tens and both.
+def fraction(flags: list[bool]) -> float:
+    """The fraction of true ones; nan of none."""
+    return sum(flags) / len(flags) if flags else float("nan")
 
-    ValueError for a malformed query: it has no right answer. A class without queries is nan.
+
+def accuracy(queries: list[str], answers: list[str]) -> dict[str, float]:
+    """Fraction of right answers by class, and "carry", the plain mean of unit, tens and both.
+
+    Every query must be well-formed. The fraction of a class without queries is nan.
     """
-    right = {name: [] for name in CLASSES}
-    for query, answer in zip(queries, answers, strict=True):
-        name = classify(query)
-        if name == "malformed":
-            raise ValueError(f"accuracy is over well-formed queries, found {query!r}")
-        right[name].append(correct(query, answer))
-    shares = {name: sum(r) / len(r) if r else float("nan") for name, r in right.items()}
-    return shares | {"carry": (shares["unit"] + shares["tens"] + shares["both"]) / 3}
+    answered = list(zip(queries, answers, strict=True))
+    right = {name: fraction([correct(q, a) for q, a in answered if classify(q) == name])
+             for name in CLASSES}
+    return right | {"carry": (right["unit"] + right["tens"] + right["both"]) / 3}
 
 
 def challenger_shares(queries: list[str]) -> dict[str, float]:
-    """Share of each class, and of "malformed", among the Challenger's queries."""
+    """Fraction of each class, and of "malformed", among the Challenger's queries."""
     names = [classify(query) for query in queries]
     return {name: names.count(name) / max(1, len(names)) for name in (*CLASSES, "malformed")}
 
@@ -171,16 +167,13 @@ class Stories:
 
     def read(self, number: int, kind: str) -> tuple[list[str], list[int]]:
         """A story's sentences, each with the blank that follows it, and the place of the target."""
-        pieces = [f"{sentence} " for sentence in story(*self.pairs[number])]
-        return pieces, [TARGETS[kind]]
+        return [f"{sentence} " for sentence in story(*self.pairs[number])], [TARGETS[kind]]
 
 
 def wordings(sentence: str) -> list[str]:
     """The sentences that say the same as this one, itself first."""
-    for start, other in PARAPHRASES.items():
-        if match := re.fullmatch(start, sentence):
-            return [sentence, other.format(match[1])]
-    return [sentence]
+    matches = {other: re.fullmatch(start, sentence) for start, other in PARAPHRASES.items()}
+    return [sentence, *(other.format(match[1]) for other, match in matches.items() if match)]
 
 
 def beginnings(reference: list[str]) -> list[str]:
@@ -202,18 +195,18 @@ def verdict(reference: str, prediction: str) -> bool:
 
 
 def story_figures(tasks: list, predictions: list[str | None]) -> dict[str, dict[str, float]]:
-    """What was predicted (None: nothing) of held_out_tasks. "accuracy": the share that is right,
-    where no column carries (easy), where one does (hard), and of all; "truncated": the share that
-    does not end with a whole sentence."""
+    """Figures of the predictions (None: nothing was predicted) for held_out_tasks.
+
+    "accuracy": the fraction of right predictions where no column carries (easy), where one does
+    (hard), and of all. "truncated": the fraction that does not end with a whole sentence.
+    """
     right = {f"{kind}_{name}": [] for kind in TARGETS for name in ("easy", "hard")}
     truncated = {kind: [] for kind in TARGETS}
     for (kind, pieces, at), prediction in zip(tasks, predictions, strict=True):
         a, b = (int(re.search("[0-9]+", sentence)[0]) for sentence in pieces[:2])
         name = "easy" if carry_class(a, b) == "none" else "hard"
-        said = prediction or ""
-        right[f"{kind}_{name}"].append(verdict("".join(pieces[at:]), said))
-        truncated[kind].append(bool(said) and not said.endswith("."))
-    share = lambda flags: sum(flags) / len(flags)
-    return {"accuracy": {name: share(flags) for name, flags in right.items()}
-            | {"all": share(sum(right.values(), []))},
-            "truncated": {kind: share(flags) for kind, flags in truncated.items()}}
+        right[f"{kind}_{name}"].append(verdict("".join(pieces[at:]), prediction or ""))
+        truncated[kind].append(bool(prediction) and not prediction.endswith("."))
+    right["all"] = sum(right.values(), [])
+    return {"accuracy": {name: fraction(flags) for name, flags in right.items()},
+            "truncated": {kind: fraction(flags) for kind, flags in truncated.items()}}
