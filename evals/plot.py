@@ -36,10 +36,8 @@ def smooth(values: list[float], width: int = 9) -> list[float]:
 PANELS = [
     ("held-out carry accuracy", "eval", {"accuracy.carry": "-"}),
     ("held-out no-carry accuracy", "eval", {"accuracy.none": "-"}),
-    ("held-out accuracy, hard (ASR -, MSR :)", "eval",
-     {"accuracy.asr_hard": "-", "accuracy.msr_hard": ":"}),
-    ("held-out accuracy, easy (ASR -, MSR :)", "eval",
-     {"accuracy.asr_easy": "-", "accuracy.msr_easy": ":"}),
+    ("accuracy, hard (ASR -, MSR :)", "eval", {"accuracy.asr_hard": "-", "accuracy.msr_hard": ":"}),
+    ("accuracy, easy (ASR -, MSR :)", "eval", {"accuracy.asr_easy": "-", "accuracy.msr_easy": ":"}),
     ("held-out reward", "eval", {"reward": "-"}),
     ("win-rate against the start", "eval", {"win_rate": "-"}),
     ("malformed share of the queries", "eval", {"challenger.malformed": "-"}),
@@ -48,8 +46,7 @@ PANELS = [
       "challenger.both": "-"}),
     ("R", "metrics", {"reward": "-"}),
     ("R_Q", "metrics", {"quality": "-"}),
-    ("KL, nats a sequence (Solver -, Challenger :)", "metrics",
-     {"kl_solver": "-", "kl_challenger": ":"}),
+    ("KL, nats (Solver -, Challenger :)", "metrics", {"kl_solver": "-", "kl_challenger": ":"}),
     ("truncated share of the predictions", "metrics", {"truncated_predictions": "-"}),
     ("distinct share of the queries", "metrics", {"distinct_queries": "-"}),
 ]
@@ -58,12 +55,11 @@ PANELS = [
 def pyplot():
     """matplotlib, drawing into files."""
     try:
-        import matplotlib
+        from matplotlib import pyplot
     except ImportError:
         raise InputError("plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+    pyplot.switch_backend("Agg")
+    return pyplot
 
 
 def save(figure, out: str):
@@ -75,14 +71,12 @@ def save(figure, out: str):
 
 def plot(paths: list[str], out: str):
     """Curves of run folders; bars where the paths are result files or folders with some."""
-    runs = [any((Path(path) / name).exists() for name in ("eval.jsonl", "metrics.jsonl"))
-            for path in paths]
-    if any(runs) and not all(runs):
+    runs = {(Path(path) / "metrics.jsonl").exists() or (Path(path) / "eval.jsonl").exists()
+            for path in paths}
+    if len(runs) > 1:
         raise InputError("plot draws run folders as curves, or result files as bars, not both")
-    if any(runs):
-        curves(paths, out)
-    else:
-        bars(paths, out)
+    draw = curves if True in runs else bars
+    draw(paths, out)
 
 
 def curves(folders: list[str], out: str):

@@ -37,23 +37,17 @@ def resume(path: Path, header: dict) -> list[dict]:
             raise InputError(f"{path} exists and is no result file; nothing is overwritten")
         for key in header if records else ():
             if key != "command" and header[key] != found.get(key):
-                raise InputError(f"{path} was made with another {key} ({brief(found.get(key))}, "
-                                 f"now {brief(header[key])}): choose another --out")
+                raise InputError(f"{path} was made with another {key} ({found.get(key)!r:.60}, "
+                                 f"now {header[key]!r:.60}): choose another --out")
     try:
         if records:
-            whole = path.read_bytes().rfind(b"\n") + 1
-            os.truncate(path, whole)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(header, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     return records
-
-
-def brief(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def digest(texts: list[str]) -> str:
@@ -182,8 +176,8 @@ def rows(base: dict, run: dict) -> list[list]:
     for key in sorted(base["header"].keys() | run["header"].keys()):
         one, other = base["header"].get(key), run["header"].get(key)
         if key not in FREE and one != other:
-            raise InputError(f"{run['file']} was made with {key} {brief(other)}, {base['file']} "
-                             f"with {brief(one)}: not comparable")
+            raise InputError(f"{run['file']} was made with {key} {other!r:.60}, {base['file']} "
+                             f"with {one!r:.60}: not comparable")
     pairs = [(subset, value, run["values"][key][0])
              for key, (value, subset) in base["values"].items() if key in run["values"]]
     if not pairs:

@@ -214,7 +214,7 @@ def test_a_huge_reply_is_read_in_linear_time():
 
 @pytest.mark.parametrize("bad", [
     (500, {}, b"oops", 0), (200, {}, b"<html>", 0), (200, {}, b'{"choices": []}', 0),
-    (200, {}, b'{"choices": [{"message": {"content": 7}}]}', 0), 
+    (200, {}, b'{"choices": [{"message": {"content": 7}}]}', 0),
     (200, {"Content-Length": "999"}, b'{"cho', 0), (503, {}, b"\xff\xfe", 0), (408, {}, b"", 0),
     (200, {}, completion("too late"), 0.5), (200, {}, b"null", 0)])
 def test_failing_malformed_and_slow_replies_are_tried_again(serve, bad):
