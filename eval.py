@@ -152,9 +152,7 @@ def judge(args) -> tuple[dict, int, list]:
     if remote:
         endpoint = judges.Endpoint(args.judge, args.judge_model, max_tokens=args.judge_tokens,
                                    seconds=args.timeout, fields=args.judge_fields)
-        missing = judges.by_endpoint(endpoint, prompt, pairs, done, write, args.concurrency)
-        if missing:
-            print(f"{missing} questions got no reply; the same command asks them again")
+        judges.by_endpoint(endpoint, prompt, pairs, done, write, args.concurrency)
     elif scalar:
         model = rewards.RewardModel(path, device=device, dtype=dtype)
         judges.by_reward(model, pairs, done, write, args.batch)
@@ -181,9 +179,6 @@ def benchmark(args):
     problems, prompt = benchmarks.read_problems(name, args.prompts, args.limit)
     if name in benchmarks.CODE:
         print(grade.isolation())
-        if absent := benchmarks.absent_modules(problems):
-            print(f"some tests import {', '.join(absent)}, which programs cannot import here: "
-                  "these problems will count as errors")
     out, queries = Path(args.out), [problem["query"] for problem in problems]
     records = results.resume(out, made_by(args, name, queries, samples=samples, prompt=prompt))
     for i, answers in answer(args, queries, {record["item"] for record in records}, samples):

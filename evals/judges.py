@@ -30,7 +30,6 @@ KEY = "JUDGE_API_KEY"            # not OPENAI_API_KEY, which must go to no other
 TRIES, BACKOFF, LONGEST_WAIT = 6, 1.0, 600.0                        # a question; seconds; seconds
 RETRIED = (408, 429)                                                # and 500 to 599
 UNFIT = (400, 413, 422)                                             # this question, not the judge
-IN_A_ROW = 5                                                        # failed questions: then give up
 
 
 # ---------------------------------------------------------------- what is judged
@@ -181,10 +180,6 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict],
 
 # ---------------------------------------------------------------- a judge behind HTTP
 
-class Unanswered(Exception):
-    """A question that got no reply, after all tries."""
-
-
 class Endpoint:
     """Chat completions of an OpenAI-compatible server. fields: further ones of a request, where
     None leaves one out; seconds: how long the server may send nothing."""
@@ -198,35 +193,36 @@ class Endpoint:
         self.body = {key: value for key, value in body.items() if value is not None}
 
     def ask(self, text: str) -> str | None:
-        """The reply to a message; None where the server sent none (refused, filtered).
+        """The reply to a message; None where the server sent none (filtered), and the server's
+        words where it does not accept this message (too long, mostly).
 
-        Unanswered after TRIES tries, or at once where the server finds this question unfit.
-        InputError where no question can work: wrong key, wrong address.
+        InputError where no question can work (wrong key or address), and after TRIES tries.
         """
         body = self.body | {"messages": [{"role": "user", "content": text}]}
-        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        if key := os.environ.get(KEY, "").strip():
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
         for attempt in range(TRIES):
             wait = BACKOFF * 2 ** attempt
             try:
-                request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-                if key := os.environ.get(KEY, "").strip():           # a redirect does not get it
-                    request.add_unredirected_header("Authorization", f"Bearer {key}")
                 with urllib.request.urlopen(request, timeout=self.seconds) as response:
                     return content_of(response.read())
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {error.read(200).decode(errors='replace')}"
                 if error.code in UNFIT:
-                    break
+                    return reason
                 if error.code < 500 and error.code not in RETRIED:
-                    self.stop.set()
-                    raise InputError(f"{self.url}: {reason}") from None
+                    break
                 after = error.headers.get("Retry-After", "")
                 wait = min(LONGEST_WAIT, max(wait, int(after) if after.isdecimal() else 0))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
             if attempt == TRIES - 1 or self.stop.wait(wait):
                 break
-        raise Unanswered(f"{self.url}: {reason}")
+        self.stop.set()
+        raise InputError(f"{self.url}: {reason} (the verdicts so far are kept: the same command "
+                         "goes on)")
 
 
 def content_of(reply: bytes) -> str | None:
@@ -258,12 +254,9 @@ def json_object(text: str) -> dict:
 
 
 def by_endpoint(endpoint: Endpoint, prompt: str, pairs: list[dict], done: list[dict], write,
-                concurrency: int) -> int:
-    """Ask what has no verdict yet, `concurrency` at a time; returns how many got no reply.
-
-    A reply that cannot be parsed has no verdict, and the next command asks again, as it does where
-    there was no reply. IN_A_ROW questions without a reply end the command.
-    """
+                concurrency: int):
+    """Ask what has no verdict yet, `concurrency` at a time. A reply that cannot be parsed has no
+    verdict, and the next command asks again. A server that fails ends the command."""
     lock = threading.Lock()
 
     def work(pair, a_first):
@@ -279,18 +272,10 @@ def by_endpoint(endpoint: Endpoint, prompt: str, pairs: list[dict], done: list[d
         with lock:
             write(verdict(pair, preference, **record))
 
-    failed = row = 0
     with ThreadPoolExecutor(concurrency) as pool:
         try:
             futures = [pool.submit(work, *question) for question in questions(pairs, done)]
             for future in tqdm(as_completed(futures), total=len(futures), desc="judging"):
-                error = future.exception()
-                if error and not isinstance(error, Unanswered):
-                    raise error
-                failed, row = failed + bool(error), row + 1 if error else 0
-                if row == IN_A_ROW:
-                    raise InputError(f"{row} questions in a row got no reply, the last: {error}; "
-                                     "the verdicts so far are kept: run the same command to go on")
+                future.result()
         finally:                        # Ctrl-C too: what is under way is still written
             endpoint.stop.set()
-    return failed
