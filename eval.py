@@ -24,7 +24,7 @@ from evals.page import page
 from model import load_model, read_config
 from plumbing.chat import Tokenizer
 from plumbing.cli import Parser, run_script
-from plumbing.data import EVALUATE, generator
+from plumbing.data import EVALUATE, generator, opening
 from plumbing.files import HERE, InputError, find_model, pick_device, prompt_file, read_prompt
 from plumbing.runs import append_line, read_lines, write_json
 from sample import sample, text_of
@@ -49,18 +49,11 @@ def answer(args, queries: list[str], done: set[int], samples: int = 1):
         return
     device, dtype = pick_device(args.device, path)
     tokenizer = Tokenizer(path)
-    for i in left:
-        if (strange := tokenizer.unspelt(queries[i])) is not None:
-            raise InputError(f"the tokenizer of {args.model} cannot spell {strange!r}")
     model = load_model(path, device=device, dtype=dtype)
     if model.config.scalar_head:
         raise InputError(f"--model {args.model} is a reward model, which cannot write")
-    prompts = {i: tokenizer.chat([{"role": "user", "content": queries[i]}]) for i in left}
-    longest = max(map(len, prompts.values()))
-    context = model.config.max_position_embeddings
-    if longest + args.max_new_tokens > context:
-        raise InputError(f"the longest prompt has {longest} tokens: with {args.max_new_tokens} new "
-                         f"ones it does not fit into the model's context of {context}")
+    prompts = {i: opening(tokenizer, f"{args.prompts or 'tiny'}, problem {i + 1}", queries[i],
+                          args.max_new_tokens, model.config.max_position_embeddings) for i in left}
     seeds = torch.randint(2**63 - 1, (len(queries), samples),
                           generator=generator(args.seed, 0, EVALUATE))
     for start in tqdm(range(0, len(left), args.batch), desc="answering", unit=f" x {args.batch}"):
@@ -112,8 +105,9 @@ def generate(args):
 
 def winrate(args):
     """The share of instructions on which the first file's answers are preferred to the second's."""
-    if bool(args.annotations) == bool(args.outputs):
-        raise InputError("winrate takes two files of outputs and a --judge, or --annotations FILE")
+    if args.outputs if args.annotations else len(args.outputs) != 2 or not args.judge:
+        raise InputError("winrate takes two files of outputs (the measured model's, the "
+                         "baseline's) and a --judge, or --annotations FILE")
     if args.annotations:
         more, found = {}, judges.read_annotations(args.annotations, args.generator)
         total, found = len(found), [(v, subset) for v, subset in found if v is not None]
@@ -127,9 +121,6 @@ def winrate(args):
 def judge(args) -> tuple[dict, int, list]:
     """Ask the judge what it has not said yet. Returns who is compared, the number of pairs, and
     the win (0..1) and the subset of each judged pair."""
-    if len(args.outputs) != 2 or not args.judge:
-        raise InputError("winrate needs two files of outputs, the measured model's and the "
-                         "baseline's, and a --judge")
     pairs, names = judges.read_pairs(*args.outputs)
     remote = args.judge.startswith(("http://", "https://"))
     if remote and not args.judge_model:

@@ -56,13 +56,14 @@ def code_of(answer: str, wanted: str = "") -> str:
     answer = re.sub(r"\[/?PYTHON\]", "```", answer)
     blocks = [re.sub(f"^{' ' * len(before)}", "", block, flags=re.MULTILINE)
               for before, _, block in FENCE.findall(answer) if block.strip()]
-    bare = re.sub(r"^ *```.*\n?", "", answer, flags=re.MULTILINE)            # a closing fence alone
-    first = re.search(r"^(?:from|import|async def|def|class|@)\s*\S.*", bare, re.MULTILINE)
-    if first and not compiles(bare) and not bare.startswith((" ", "\t")):
-        bare = bare[first.start():]                                          # after some prose
+    if not blocks:
+        bare = re.sub(r"^ *```.*\n?", "", answer, flags=re.MULTILINE)        # a closing fence alone
+        first = re.search(r"^(?:from|import|async def|def|class|@)\s*\S.*", bare, re.MULTILINE)
+        prose = first and not compiles(bare) and not bare.startswith((" ", "\t"))
+        return bare[first.start():] if prose else bare
     defining = [block for block in blocks if DEFINES.search(block)]
     named = [block for block in defining if names & set(DEFINES.findall(block))]
-    return (named or defining or blocks or [bare])[-1]
+    return (named or defining or blocks)[-1]
 
 
 def compiles(program: str) -> bool:

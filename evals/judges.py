@@ -199,13 +199,13 @@ class Endpoint:
         InputError where no question can work (wrong key or address), and after TRIES tries.
         """
         body = self.body | {"messages": [{"role": "user", "content": text}]}
-        request = urllib.request.Request(self.url, json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
-        if key := os.environ.get(KEY, "").strip():
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        headers = {"Content-Type": "application/json"}
         for attempt in range(TRIES):
             wait = BACKOFF * 2 ** attempt
             try:
+                request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+                if key := os.environ.get(KEY, "").strip():
+                    request.add_unredirected_header("Authorization", f"Bearer {key}")
                 with urllib.request.urlopen(request, timeout=self.seconds) as response:
                     return content_of(response.read())
             except urllib.error.HTTPError as error:
