@@ -83,7 +83,6 @@ def generate(args):
     if out.exists():
         raise InputError(f"--out {out} exists already; nothing is overwritten: choose another")
     problems, _ = benchmarks.read_problems("alpaca_eval", args.prompts, args.limit)
-    entries = [problem["problem"] for problem in problems]
     queries = [problem["query"] for problem in problems]
     name = args.generator or name_of(args.model)
     partial = out.with_name(out.name + ".partial")
@@ -92,9 +91,9 @@ def generate(args):
         records.append({"item": i, "output": text, "cut": cut})
         append_line(partial, records[-1])
     records.sort(key=lambda record: record["item"])
-    outputs = [{key: entry[key] for key in ("dataset", "instruction") if key in entry}
-               | {"output": record["output"], "generator": name}
-               for entry, record in zip(entries, records)]
+    outputs = [{key: problem["problem"][key] for key in ("dataset", "instruction")
+                if key in problem["problem"]} | {"output": record["output"], "generator": name}
+               for problem, record in zip(problems, records)]
     write_json(out, outputs)
     partial.unlink()
     print(f"{out}: {len(outputs)} answers, {sum(r['cut'] for r in records)} of them cut off at "
@@ -113,9 +112,8 @@ def winrate(args):
         total, found = len(found), [(v, subset) for v, subset in found if v is not None]
     else:
         more, total, found = judge(args)
-    values, subsets = [value for value, _ in found], [subset for _, subset in found]
-    figures = more | results.percent(values, "win_rate") | {"failed": total - len(values)}
-    results.show(figures, values, subsets, "win_rate")
+    figures = more | results.percent([value for value, _ in found], "win_rate")
+    results.show(figures | {"failed": total - len(found)}, found, "win_rate")
 
 
 def judge(args) -> tuple[dict, int, list]:
@@ -188,7 +186,8 @@ def benchmark(args):
     (measure, values), *others = benchmarks.scores(records, samples).items()
     figures = {"benchmark": name} | results.percent(values, measure)
     figures |= {other: 100 * results.mean_error(values)[0] for other, values in others}
-    results.show(figures, values, [record["subset"] for record in records], measure)
+    subsets = [record["subset"] for record in records]
+    results.show(figures, list(zip(values, subsets)), measure)
 
 
 def show(args):

@@ -32,13 +32,9 @@ FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 PROBE = {"answer": "import collections, decimal, heapq, math, re, typing\nf = lambda: 1",
          "helpers": "", "tests": "assert f() == 1", "names": ["f"]}
 ISOLATION = {
-    "namespaces": "programs run in Linux namespaces (process, mount, network, IPC) under a user id "
-                  "or in a user namespace of their own: without network and home folder, with "
-                  "read-only libraries and limits",
-    "user": "programs run under a user id of their own with limits, without namespaces: "
-            "this stops accidents, not attackers",
-    "limits": "programs run with limits alone (as root not even on the number of processes): "
-              "this stops accidents, not attackers",
+    "namespaces": "programs run in Linux namespaces with limits, without network and home folder",
+    "user": "programs run as a user of their own with limits: this stops accidents, not attackers",
+    "limits": "programs run with limits alone: this stops accidents, not attackers",
 }
 
 

@@ -116,6 +116,10 @@ def report(records: list[dict]):
     if unparsed:
         print(f"{len(unparsed)} replies could not be parsed, for example "
               f"{(unparsed[0] or '')[-100:]!r}; the same command asks again")
+    masses = [r["mass"] for r in latest if "mass" in r]
+    if masses and sum(masses) < len(masses) / 2:
+        print(f"the judge wanted to say something else than 1 or 2: together they had a "
+              f"probability of {sum(masses) / len(masses):.2f} on average")
     values, first = {}, []
     for record in latest:
         if record["preference"] is not None and record["first"]:
@@ -154,7 +158,7 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict],
     one, two = tokenizer.encode("Better: 1"), tokenizer.encode("Better: 2")
     if len(one) != len(two) or one[:-1] != two[:-1]:
         raise InputError(f"{tokenizer.path}: as a judge it needs a token each for 1 and 2")
-    left, masses = questions(pairs, done), []
+    left = questions(pairs, done)
     turns = [[{"role": "user", "content": asked(prompt, *question)}] for question in left]
     rows = [tokenizer.chat(turn) + one[:-1] for turn in turns]
     longest, context = max(map(len, rows), default=0), judge.config.max_position_embeddings
@@ -172,11 +176,6 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict],
         for (pair, a_first), share, m in zip(some, (p[:, 0] / mass).tolist(), mass.tolist()):
             write(verdict(pair, 1 + (share if a_first else 1 - share), orders=2,
                           first="a" if a_first else "b", mass=m))
-        masses += mass.tolist()
-    if masses and sum(masses) < len(masses) / 2:
-        print(f"the judge wanted to say something else than 1 or 2: together they had a "
-              f"probability of {sum(masses) / len(masses):.2f} on average")
-
 
 # ---------------------------------------------------------------- a judge behind HTTP
 

@@ -111,11 +111,13 @@ def mcnemar(base: list[float], run: list[float]) -> float:
     return min(1.0, 2 * tail)
 
 
-def show(figures: dict, values: list[float], subsets: list, name: str):
-    """A line for each subset, and last of all the overall figures as JSON."""
-    names = sorted({str(subset) for subset in subsets})
-    for subset in names if len(names) > 1 else ():
-        f = percent([v for v, s in zip(values, subsets) if str(s) == subset], name)
+def show(figures: dict, found: list[tuple[float, str | None]], name: str):
+    """A line for each subset of the (value, subset) found; last the overall figures as JSON."""
+    subsets = {}
+    for value, subset in found:
+        subsets.setdefault(str(subset), []).append(value)
+    for subset, values in sorted(subsets.items()) if len(subsets) > 1 else ():
+        f = percent(values, name)
         print(f"{subset:24} {f[name]:6.2f}   95 % [{f['interval'][0]:.2f}, {f['interval'][1]:.2f}]"
               f"   n {f['n']}")
     print(json.dumps(figures))

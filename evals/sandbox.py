@@ -144,7 +144,7 @@ def close_files(*kept: int) -> list[int]:
 
 # ---------------------------------------------------------------- plain values
 
-CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset,
+CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes,
               "iter": (Iterator, range, KeysView, ValuesView)}
 
 
@@ -167,8 +167,6 @@ def pack(x, objects: list):
         return ["dict", [[pack(k, objects), pack(v, objects)] for k, v in dict.items(x)]]
     if isinstance(x, complex):
         return ["complex", [x.real, x.imag]]
-    if isinstance(x, (bytes, bytearray)):
-        return ["bytes", list(x)]
     for name, kind in CONTAINERS.items():
         if isinstance(x, kind):
             return [name, [pack(item, objects) for item in x]]
@@ -189,8 +187,6 @@ def unpack(x, known):
         return {unpack(k, known): unpack(v, known) for k, v in held}
     if kind == "complex":
         return complex(*held)
-    if kind == "bytes":
-        return bytes(held)
     items = [unpack(item, known) for item in held]
     return iter(items) if kind == "iter" else CONTAINERS[kind](items)
 
