@@ -27,9 +27,8 @@ from plumbing.files import InputError
 from rewards import RewardModel, last_hidden
 
 KEY = "JUDGE_API_KEY"            # not OPENAI_API_KEY, which must go to no other host than OpenAI's
-TRIES, BACKOFF, LONGEST_WAIT = 6, 1.0, 600.0                        # a question; seconds; seconds
-RETRIED = (408, 429)                                                # and 500 to 599
-UNFIT = (400, 413, 422)                                             # this question, not the judge
+TRIES, BACKOFF = 7, 1.0                         # of a question; seconds, doubled with each try
+RETRIED, UNFIT = (408, 429), (400, 413, 422)    # and 500 to 599; this question, not the judge
 
 
 # ---------------------------------------------------------------- what is judged
@@ -200,7 +199,6 @@ class Endpoint:
         body = self.body | {"messages": [{"role": "user", "content": text}]}
         headers = {"Content-Type": "application/json"}
         for attempt in range(TRIES):
-            wait = BACKOFF * 2 ** attempt
             try:
                 request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
                 if key := os.environ.get(KEY, "").strip():
@@ -213,11 +211,9 @@ class Endpoint:
                     return reason
                 if error.code < 500 and error.code not in RETRIED:
                     break
-                after = error.headers.get("Retry-After", "")
-                wait = min(LONGEST_WAIT, max(wait, int(after) if after.isdecimal() else 0))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
-            if attempt == TRIES - 1 or self.stop.wait(wait):
+            if attempt == TRIES - 1 or self.stop.wait(BACKOFF * 2 ** attempt):
                 break
         self.stop.set()
         raise InputError(f"{self.url}: {reason} (the verdicts so far are kept: the same command "
