@@ -9,7 +9,6 @@
 
 What is measured is written as it comes; the same command again goes on where it was interrupted.
 """
-import os
 import re
 import shlex
 import sys
@@ -22,10 +21,9 @@ from tqdm import tqdm
 import rewards
 from evals import benchmarks, grade, judges, plot, results
 from evals.page import page
-from model import load_model
+from model import load_model, read_config
 from plumbing.chat import Tokenizer
 from plumbing.cli import Parser, run_script
-from plumbing.config import parse_config
 from plumbing.data import generator
 from plumbing.files import (
     HERE,
@@ -33,7 +31,6 @@ from plumbing.files import (
     find_model,
     pick_device,
     prompt_file,
-    read_json,
     read_prompt,
 )
 from plumbing.runs import append_line, read_lines, write_json
@@ -49,7 +46,7 @@ def name_of(model: str) -> str:
 
 def answer(args, queries: list[str], done: set[int], samples: int = 1):
     """The model's answers to the queries whose numbers are not in `done`: yields
-    (number, [(text, cut), ...]) as soon as a query's last answer has ended, in no fixed order.
+    (number, [(text, truncated), ...]), --batch queries at a time.
 
     Every answer has a random stream of its own: neither an interruption nor --batch changes any
     (up to floating point).
@@ -121,7 +118,6 @@ def generate(args):
     if out.exists():
         raise InputError(f"--out {out} exists already; nothing is overwritten: choose another")
     problems, _ = benchmarks.read_problems("alpaca_eval", args.prompts, args.limit)
-    entries = [problem["problem"] for problem in problems]
     queries = [problem["query"] for problem in problems]
     name = args.generator or name_of(args.model)
     partial = out.with_name(out.name + ".partial")
@@ -130,12 +126,10 @@ def generate(args):
         records.append({"item": i, "output": text, "cut": cut})
         append_line(partial, records[-1])
     records.sort(key=lambda record: record["item"])
-    outputs = [{key: entry[key] for key in ("dataset", "instruction") if key in entry}
-               | {"output": record["output"], "generator": name}
-               for entry, record in zip(entries, records)]
-    temporary = out.with_name(out.name + ".tmp")
-    write_json(temporary, outputs)
-    os.replace(temporary, out)
+    outputs = [{key: problem["problem"][key] for key in ("dataset", "instruction")
+                if key in problem["problem"]} | {"output": record["output"], "generator": name}
+               for problem, record in zip(problems, records)]
+    write_json(out, outputs)
     partial.unlink()
     print(f"{out}: {len(outputs)} answers, {sum(r['cut'] for r in records)} of them cut off at "
           f"{args.max_new_tokens} tokens")
@@ -145,61 +139,53 @@ def generate(args):
 
 def winrate(args):
     """The share of instructions on which the first file's answers are preferred to the second's."""
-    if bool(args.annotations) == bool(args.outputs):
-        raise InputError("winrate takes two files of outputs and a --judge, or --annotations FILE")
+    if args.outputs if args.annotations else len(args.outputs) != 2 or not args.judge:
+        raise InputError("winrate takes two files of outputs (the measured model's, the "
+                         "baseline's) and a --judge, or --annotations FILE")
     if args.annotations:
         more, found = {}, judges.read_annotations(args.annotations, args.generator)
-        total = len(found)
-        values = [value for value, _ in found if value is not None]
-        subsets = [subset for value, subset in found if value is not None]
+        total, found = len(found), [(v, subset) for v, subset in found if v is not None]
     else:
-        more, total, found, subsets = judge(args)
-        values, subsets = list(found.values()), [subsets[key] for key in found]
-    figures = more | results.percent(values, "win_rate") | {"failed": total - len(values)}
-    results.show(figures, values, subsets, "win_rate")
+        more, total, found = judge(args)
+    figures = more | results.percent([value for value, _ in found], "win_rate")
+    results.show(figures | {"failed": total - len(found)}, found, "win_rate")
 
 
-def judge(args) -> tuple[dict, int, dict, dict]:
+def judge(args) -> tuple[dict, int, list]:
     """Ask the judge what it has not said yet. Returns who is compared, the number of pairs, and
-    results.item_values() of the verdicts."""
-    if len(args.outputs) != 2 or not args.judge:
-        raise InputError("winrate needs two files of outputs, the measured model's and the "
-                         "baseline's, and a --judge")
+    the win (0..1) and the subset of each judged pair."""
     pairs, names = judges.read_pairs(*args.outputs)
     remote = args.judge.startswith(("http://", "https://"))
     if remote and not args.judge_model:
         raise InputError("--judge URL needs --judge-model NAME, as the server calls it")
     path = None if remote else find_model(args.judge)
-    scalar = path and parse_config(read_json(path / "config.json"), str(path)).scalar_head
+    scalar = path and read_config(path).scalar_head
     file = args.judge_prompt or prompt_file(path or HERE, "preference")
     prompt = None if scalar else read_prompt(file)
-    header = {"measure": "win-rate", "generator": names[0], "against": names[1],
-              "judge": args.judge_model if remote else name_of(args.judge),
-              "judge_at": args.judge if remote else str(path.resolve()), "prompt": prompt,
-              "questions": results.digest([str(pair) for pair in pairs]), "command": command()}
-    endpoint = remote and judges.Endpoint(args.judge, args.judge_model,
-                                          max_tokens=args.judge_tokens, seconds=args.timeout,
-                                          fields=judges.read_fields(args.judge_fields))
-    name = re.sub(r"[^\w.-]+", "_", f"{names[0]}-against-{names[1]}-{header['judge']}.jsonl")
+    who = {"generator": names[0], "against": names[1],
+           "judge": args.judge_model if remote else name_of(args.judge)}
+    header = {"measure": "win-rate"} | who | {
+        "judge_at": args.judge if remote else str(path.resolve()), "prompt": prompt,
+        "questions": results.digest([str(pair) for pair in pairs]), "command": command()}
+    name = re.sub(r"[^\w.-]+", "_", f"{names[0]}-against-{names[1]}-{who['judge']}.jsonl")
     out = Path(args.out) if args.out else Path(args.outputs[0]).with_name(name)
     done = results.resume(out, header)
     print(f"verdicts: {out}")
     write = lambda record: append_line(out, record)
     device, dtype = pick_device(args.device)
     if remote:
-        missing = judges.by_endpoint(endpoint, prompt, pairs, done, write, args.concurrency)
-        if missing:
-            print(f"{missing} questions got no reply; the same command asks them again")
-        judges.report_unparsed(read_lines(out)[1:])
+        endpoint = judges.Endpoint(args.judge, args.judge_model, max_tokens=args.judge_tokens,
+                                   seconds=args.timeout, fields=args.judge_fields)
+        judges.by_endpoint(endpoint, prompt, pairs, done, write, args.concurrency)
     elif scalar:
         model = rewards.RewardModel(path, device=device, dtype=dtype)
         judges.by_reward(model, pairs, done, write, args.batch)
     else:
         model = load_model(path, device=device, dtype=dtype)
         judges.by_llama(model, Tokenizer(path), prompt, pairs, done, write, args.batch)
-    judges.report_orders(read_lines(out)[1:])
-    who = {key: header[key] for key in ("generator", "against", "judge")}
-    return who, len(pairs), *results.item_values(header, read_lines(out)[1:])
+    records = read_lines(out)[1:]
+    judges.report(records)
+    return who, len(pairs), list(results.item_values(header, records).values())
 
 
 # ---------------------------------------------------------------- benchmarks
@@ -217,9 +203,6 @@ def benchmark(args):
     problems, prompt = benchmarks.read_problems(name, args.prompts, args.limit)
     if name in benchmarks.CODE:
         print(grade.isolation())
-        if absent := benchmarks.absent_modules(problems):
-            print(f"some tests import {', '.join(absent)}, which programs cannot import here: "
-                  "these problems will count as errors")
     out, queries = Path(args.out), [problem["query"] for problem in problems]
     records = results.resume(out, made_by(args, name, queries, samples=samples, prompt=prompt))
     for i, answers in answer(args, queries, {record["item"] for record in records}, samples):
@@ -238,7 +221,8 @@ def benchmark(args):
     (measure, values), *others = benchmarks.scores(records, samples).items()
     figures = {"benchmark": name} | results.percent(values, measure)
     figures |= {other: 100 * results.mean_error(values)[0] for other, values in others}
-    results.show(figures, values, [record["subset"] for record in records], measure)
+    subsets = [record["subset"] for record in records]
+    results.show(figures, list(zip(values, subsets)), measure)
 
 
 def show(args):
@@ -255,61 +239,68 @@ def show(args):
 def make_parser() -> Parser:
     parser = Parser(description="Measure checkpoints, compare them, look at what runs did.")
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("generate", help="answer AlpacaEval's instructions")
-    two = commands.add_parser("benchmark", help="answer problems that have a right answer")
-    two.add_argument("name", choices=benchmarks.NAMES)
-    for command, temperature in ((one, 0.01), (two, 0.0)):
-        command.add_argument("--model", default="tiny", help="a known name, directory or hub id")
-        command.add_argument("--prompts", required=command is one, help="JSON list or JSON lines")
-        command.add_argument("--out", required=True, help="the file to write")
-        command.add_argument("--temperature", type=float, default=temperature,
-                             help=f"0: greedy (default {temperature})")
-        command.add_argument("--max-new-tokens", type=int, help="longest answer",
-                             default=1024 if command is one else None)
-        command.add_argument("--limit", type=int, help="only the first so many")
-        command.add_argument("--batch", type=int, default=16, help="prompts answered together")
-        command.add_argument("--seed", type=int, default=0)
-    one.add_argument("--generator", help="name in the outputs (default: the model's)")
-    two.add_argument("--samples", type=int, default=1, help="answers a problem, for pass@k")
-    two.add_argument("--allow-code", action="store_true", help="run programs that the model wrote")
-    one.set_defaults(run=generate)
-    two.set_defaults(run=benchmark)
 
-    three = commands.add_parser("winrate", help="how often one model's answers are preferred")
-    three.add_argument("outputs", nargs="*", help="the measured model's, then the baseline's")
-    three.add_argument("--annotations", help="AlpacaEval's annotations, in place of a judge")
-    three.add_argument("--generator", help="of --annotations, the generator_2 to measure")
-    three.add_argument("--judge", help="a reward model or a Llama (name, directory, hub id), "
-                       f"or the URL of an OpenAI-compatible endpoint (key: {judges.KEY})")
-    three.add_argument("--judge-model", help="the model's name at the URL")
-    three.add_argument("--judge-prompt", help="its file (default: the judge's own or ours)")
-    three.add_argument("--judge-tokens", type=int, default=1024, help="longest reply from the URL")
-    three.add_argument("--judge-fields", help="JSON object of further fields of a request, null to "
-                       'leave one out: {"max_completion_tokens": 2048, "max_tokens": null}')
-    three.add_argument("--timeout", type=float, default=120, help="seconds a whole reply may take")
-    three.add_argument("--out", help="file of the verdicts (default: beside the first outputs)")
-    three.add_argument("--concurrency", type=int, default=4, help="questions at a time, to a URL")
-    three.add_argument("--batch", type=int, default=16, help="pairs judged together")
-    three.set_defaults(run=winrate)
-    seven = commands.add_parser("show", help="a page to watch the games of one run or two")
-    seven.add_argument("runs", nargs="+", help="one run folder, or two to stand side by side")
-    seven.add_argument("--out", default="game.html", help="the page: one file without a network")
-    seven.set_defaults(run=show)
-    six = commands.add_parser("reference", help="run HumanEval's or MBPP's reference solutions")
-    six.add_argument("file", help="the data set, a JSON list or JSON lines")
-    six.set_defaults(run=lambda args: grade.run_references(args.file))
-    for command in (one, two, three):
-        command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    def add(name: str, run, what: str):
+        command = commands.add_parser(name, help=what)
+        command.set_defaults(run=run)
+        return command.add_argument
 
-    four = commands.add_parser("compare", help="before and after, with paired intervals")
-    four.add_argument("base", help="a result file, or a folder of them")
-    four.add_argument("runs", nargs="+", help="the same of what is compared with it")
-    four.set_defaults(run=lambda args: results.compare(args.base, args.runs))
-    five = commands.add_parser("plot", help="training curves, or bars of results")
-    five.add_argument("runs", nargs="+", help="run folders; or result files or folders of them")
-    five.add_argument("--out", default="curves.png", help="the picture (png, pdf or svg)")
-    five.set_defaults(run=lambda args: plot.plot(args.runs, args.out))
+    new = add("generate", generate, "answer AlpacaEval's instructions")
+    new("--generator", help="name in the outputs (default: the model's)")
+    new("--prompts", required=True, help="AlpacaEval's instructions: JSON list or JSON lines")
+    add_sampling(new, temperature=0.01, tokens=1024)
+    new = add("benchmark", benchmark, "answer problems that have a right answer")
+    new("name", choices=benchmarks.NAMES)
+    new("--prompts", help="the data set: JSON list or JSON lines")
+    new("--samples", type=int, default=1, help="answers a problem, for pass@k")
+    new("--allow-code", action="store_true", help="run programs that the model wrote")
+    add_sampling(new, temperature=0.0, tokens=None)
+
+    new = add("winrate", winrate, "how often one model's answers are preferred")
+    new("outputs", nargs="*", help="the measured model's, then the baseline's")
+    new("--annotations", help="AlpacaEval's annotations, in place of a judge")
+    new("--generator", help="of --annotations, the generator_2 to measure")
+    new("--judge", help="a reward model or a Llama (name, directory, hub id), "
+        f"or the URL of an OpenAI-compatible endpoint (key: {judges.KEY})")
+    new("--judge-model", help="the model's name at the URL")
+    new("--judge-prompt", help="its file (default: the judge's own or ours)")
+    new("--judge-tokens", type=int, default=1024, help="longest reply from the URL")
+    new("--judge-fields", type=judges.json_object, help="JSON object of further fields of a "
+        'request, null to leave one out: {"max_completion_tokens": 2048, "max_tokens": null}')
+    new("--timeout", type=float, default=120, help="seconds to wait for the URL (default 120)")
+    new("--out", help="file of the verdicts (default: beside the first outputs)")
+    new("--concurrency", type=int, default=4, help="questions at a time, to a URL")
+    add_device(new)
+    new = add("show", show, "a page to watch the games of one run or two")
+    new("runs", nargs="+", help="one run folder, or two to stand side by side")
+    new("--out", default="game.html", help="the page: one file without a network")
+    new = add("reference", lambda args: grade.run_references(args.file),
+              "run HumanEval's or MBPP's reference solutions")
+    new("file", help="the data set, a JSON list or JSON lines")
+    new = add("compare", lambda args: results.compare(args.base, args.runs),
+              "before and after, with paired intervals")
+    new("base", help="a result file, or a folder of them")
+    new("runs", nargs="+", help="the same of what is compared with it")
+    new = add("plot", lambda args: plot.plot(args.runs, args.out),
+              "training curves, or bars of results")
+    new("runs", nargs="+", help="run folders; or result files or folders of them")
+    new("--out", default="curves.png", help="the picture (png, pdf or svg)")
     return parser
+
+
+def add_sampling(new, *, temperature: float, tokens: int | None):
+    new("--model", default="tiny", help="a known name, directory or hub id")
+    new("--out", required=True, help="the file to write")
+    new("--temperature", type=float, default=temperature, help=f"0: greedy (default {temperature})")
+    new("--max-new-tokens", type=int, default=tokens, help="longest answer")
+    new("--limit", type=int, help="only the first so many")
+    new("--seed", type=int, default=0, help="random seed")
+    add_device(new)
+
+
+def add_device(new):
+    new("--batch", type=int, default=16, help="prompts or pairs that are computed together")
+    new("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
 
 
 def main():

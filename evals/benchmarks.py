@@ -3,9 +3,6 @@
 gsm8k and tiny by exact match of numbers, math by the values of what is boxed (math-verify),
 humaneval and mbpp by running their tests (grade.py).
 """
-import re
-import sys
-
 from evals import grade
 from plumbing.chat import fill
 from plumbing.data import query_of, read_entries
@@ -17,15 +14,13 @@ from tiny import world as tiny_world
 FIELDS = {
     "alpaca_eval": ("instruction",),               # nothing is right there: eval.py generate
     "gsm8k": ("question", "answer"),
-    "math": ("problem",),                          # and answer, or a solution that boxes it
+    "math": ("problem", "answer"),                 # or a solution that boxes the answer
     "humaneval": ("prompt", "test", "entry_point"),
     "mbpp": ("prompt", "test_list"),               # the full data set: text
 }
 TOKENS = {"gsm8k": 512, "math": 1024, "humaneval": 768, "mbpp": 768, "tiny": 5}
 NAMES = tuple(TOKENS)
 CODE = ("humaneval", "mbpp")
-IMPORTED = re.compile(r"^[ \t]*(?:import|from(?=[ \t]+[\w.]+[ \t]+import\b))[ \t]+(\w+)",
-                      re.MULTILINE)
 PASS_AT = (1, 5, 10, 100)
 
 
@@ -42,19 +37,17 @@ def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[
     prompt = "{problem}" if bare else read_prompt(HERE / "prompts" / f"{name}.txt")
     problems = []
     for where, entry in read_entries(path)[:limit]:
-        if isinstance(entry, dict) and name == "mbpp" and "prompt" not in entry:
-            entry = {**entry, "prompt": entry.get("text")}
-        if isinstance(entry, dict) and name == "math" and isinstance(entry.get("solution"), str):
-            entry = {"answer": boxed(entry["solution"]), "subject": entry.get("type"), **entry}
-        missing = [key for key in FIELDS[name] if not isinstance(entry, dict)
-                   or not is_text(entry.get(key), listed=key == "test_list")]
+        entry = entry if isinstance(entry, dict) else {}
+        if name == "mbpp":
+            entry = {"prompt": entry.get("text")} | entry
+        if name == "math" and isinstance(entry.get("solution"), str):
+            entry = {"answer": boxed(entry["solution"]), "subject": entry.get("type")} | entry
+        missing = [key for key in FIELDS[name]
+                   if not is_text(entry.get(key), listed=key == "test_list")]
         if missing:
             raise InputError(f"{path}, {where}: no text in {', '.join(missing)}: not {name}")
         if name == "gsm8k" and final_number(entry["answer"]) is None:
             raise InputError(f"{path}, {where}: no number in answer: not {name}")
-        if name == "math" and not isinstance(entry.get("answer"), str):
-            raise InputError(f"{path}, {where}: no text in answer, nothing boxed in solution: not "
-                             "math")
         query = fill(prompt, problem=query_of(entry, FIELDS[name][0]),
                      tests="\n".join(entry.get("test_list", [])))
         problems.append({"query": query, "gold": entry.get("answer"), "problem": entry,
@@ -62,14 +55,6 @@ def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[
     if not problems:
         raise InputError(f"{path}: no problems in it")
     return problems, prompt
-
-
-def absent_modules(problems: list[dict]) -> list[str]:
-    """What the tests of programs import that the sandbox has not: all but the standard library."""
-    fields = ("test", "test_list", "test_imports", "test_setup_code")
-    texts = [problem["problem"].get(field, "") for problem in problems for field in fields]
-    lines = "\n".join(text if isinstance(text, str) else "\n".join(text) for text in texts)
-    return sorted({*IMPORTED.findall(lines)} - sys.stdlib_module_names)
 
 
 def is_text(value, *, listed: bool) -> bool:
@@ -85,13 +70,13 @@ def is_right(name: str, problem: dict, answer: str, *, cut: bool) -> tuple[bool,
     A number that was cut off is no answer ("#### 4" may be half of 42). What came before the cut
     may hold a whole \\boxed{} or a whole program, and that counts.
     """
-    if name in ("gsm8k", "tiny"):
-        if cut:
-            return False, "cut off"
-        if name == "tiny":
-            right = tiny_world.correct(problem["query"], answer)
-        else:
-            right = bool(exact([""], [answer], [problem["gold"]]))
+    if name in ("gsm8k", "tiny") and cut:
+        return False, "cut off"
+    if name == "tiny":
+        right = tiny_world.correct(problem["query"], answer)
+        return right, "equal" if right else "not equal"
+    if name == "gsm8k":
+        right = bool(exact([""], [answer], [problem["gold"]]))
         return right, "equal" if right else "not equal"
     if name == "math":
         said = boxed(answer)

@@ -4,12 +4,10 @@
     run_references("sanitized-mbpp.json")
 """
 import builtins
-import contextlib
 import functools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -34,10 +32,8 @@ FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 PROBE = {"answer": "import collections, decimal, heapq, math, re, typing\nf = lambda: 1",
          "helpers": "", "tests": "assert f() == 1", "names": ["f"]}
 ISOLATION = {
-    "namespaces": "programs run in Linux namespaces (process, mount, network, IPC, and {user}): "
-                  "without network and home folder, with read-only libraries and limits",
-    "user": "programs run under a user id of their own with limits, without namespaces: "
-            "this stops accidents, not attackers",
+    "namespaces": "programs run in Linux namespaces with limits, without network and home folder",
+    "user": "programs run as a user of their own with limits: this stops accidents, not attackers",
     "limits": "programs run with limits alone: this stops accidents, not attackers",
 }
 
@@ -56,13 +52,14 @@ def code_of(answer: str, wanted: str = "") -> str:
     answer = re.sub(r"\[/?PYTHON\]", "```", answer)
     blocks = [re.sub(f"^{' ' * len(before)}", "", block, flags=re.MULTILINE)
               for before, _, block in FENCE.findall(answer) if block.strip()]
-    bare = re.sub(r"^ *```.*\n?", "", answer, flags=re.MULTILINE)            # a closing fence alone
-    first = re.search(r"^(?:from|import|async def|def|class|@)\s*\S.*", bare, re.MULTILINE)
-    if first and not compiles(bare) and not bare.startswith((" ", "\t")):
-        bare = bare[first.start():]                                          # after some prose
+    if not blocks:
+        bare = re.sub(r"^ *```.*\n?", "", answer, flags=re.MULTILINE)        # a closing fence alone
+        first = re.search(r"^(?:from|import|async def|def|class|@)\s*\S.*", bare, re.MULTILINE)
+        prose = first and not compiles(bare) and not bare.startswith((" ", "\t"))
+        return bare[first.start():] if prose else bare
     defining = [block for block in blocks if DEFINES.search(block)]
     named = [block for block in defining if names & set(DEFINES.findall(block))]
-    return (named or defining or blocks or [bare])[-1]
+    return (named or defining or blocks)[-1]
 
 
 def compiles(program: str) -> bool:
@@ -123,9 +120,9 @@ def mbpp_program(problem: dict, answer: str) -> dict:
 @functools.cache
 def containment() -> str:
     """The best of sandbox.py's containments in which a harmless program passes here."""
-    kinds = ["namespaces", "user", "limits"] if sys.platform == "linux" else ["limits"]
-    if os.geteuid():
-        kinds = [kind for kind in kinds if kind != "user"]
+    kinds = ["limits"]
+    if sys.platform == "linux":
+        kinds = ["namespaces", "user", "limits"] if os.geteuid() == 0 else ["namespaces", "limits"]
     for kind in kinds:
         if run_contained(PROBE, kind, 30) == "passed":
             return kind
@@ -135,11 +132,7 @@ def containment() -> str:
 
 def isolation() -> str:
     """One line for the reader: how programs are contained on this machine."""
-    root = os.geteuid() == 0
-    line = ISOLATION[containment()].format(user="a user id of their own" if root else "user")
-    if root and containment() == "limits":
-        line += "; as root not even the number of processes is limited"
-    return line
+    return ISOLATION[containment()]
 
 
 def run_program(program: dict | str, *, seconds: float = 10) -> tuple[bool, str]:
@@ -163,30 +156,20 @@ def run_contained(program: dict | str, kind: str, seconds: float, patience: floa
     if isinstance(program, str):
         program = {"answer": program, "helpers": "", "tests": "", "names": []}
     wall = patience * seconds
-    scratch = tempfile.mkdtemp(prefix="program-")
     command = [sys.executable, "-s", "-S", SANDBOX, kind, str(seconds), str(wall)]
-    keeper = subprocess.Popen(command, cwd=scratch, start_new_session=True,
-                              env={"PYTHONHASHSEED": "0"},       # a set's order is always the same
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL)
-    try:
-        word, _ = keeper.communicate(json.dumps(program).encode(), timeout=wall + 20)
-        return word.decode().strip() or "ended"
-    except subprocess.TimeoutExpired:                        # somebody stopped the keeper
-        return "timeout"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(keeper.pid, signal.SIGKILL)
-        keeper.communicate()
-        # Not shutil.rmtree: a program may have left folders deeper than Python's recursion limit.
-        subprocess.run(["chmod", "-R", "u+rwX", scratch], stderr=subprocess.DEVNULL)
-        subprocess.run(["rm", "-rf", scratch], stderr=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as scratch:
+        try:
+            keeper = subprocess.run(command, input=json.dumps(program), cwd=scratch, text=True,
+                                    env={"PYTHONHASHSEED": "0"},    # a set's order is the same
+                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                    start_new_session=True, timeout=wall + 20)
+        except subprocess.TimeoutExpired:                        # somebody stopped the keeper
+            return "timeout"
+    return keeper.stdout.strip() or "ended"
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that one of k answers passes, drawn from n of which c do: arXiv 2107.03374, Eq. 1."""
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@{k} from {n} answers, {c} of them right")
     return 1 - comb(n - c, k) / comb(n, k)
 
 
@@ -195,9 +178,10 @@ def run_references(file: str):
     print(isolation())
     ended = Counter()
     for where, problem in read_entries(file):
-        if isinstance(problem, dict) and {"prompt", "canonical_solution", "test"} <= {*problem}:
+        fields = set(problem) if isinstance(problem, dict) else set()
+        if {"prompt", "canonical_solution", "test"} <= fields:
             program = humaneval_program(problem, problem["canonical_solution"])
-        elif isinstance(problem, dict) and {"code", "test_list"} <= {*problem}:
+        elif {"code", "test_list"} <= fields:
             program = mbpp_program(problem, problem["code"])
         else:
             raise InputError(f"{file}, {where}: neither a problem of HumanEval nor one of MBPP")

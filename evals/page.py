@@ -40,16 +40,15 @@ def page(folders: list[Path], most: int = MOST) -> str:
     template = (HERE / "page.html").read_text(encoding="utf-8")
     # "<" and the line separators would end the script element or the string.
     text = lambda value: json.dumps(value).replace("<", "\\u003c")
-    sizes = {}
-    for by_step in samples:
-        for step, records in by_step.items():
-            sizes[step] = sizes.get(step, 0) + len(text(records)) + 20
-    free, every = most - len(template.encode()) - len(text(runs)) - 1000, 1
-    kept = lambda every: [step for step in sizes if step % every == 0 or step == max(sizes)]
-    while every < max(sizes, default=1) and sum(map(sizes.get, kept(every))) > free:
-        every += 1
-    for run, by_step in zip(runs, samples):
-        run["samples"] = {step: by_step[step] for step in kept(every) if step in by_step}
-    note = "" if every == 1 else (
-        f"Samples of every {every}th step are shown: all of them would exceed {most / 1e6:g} MB.")
-    return template.replace("{DATA}", text({"runs": runs, "note": note}))
+    last = max((step for by_step in samples for step in by_step), default=1)
+    for every in range(1, last + 1):
+        for run, by_step in zip(runs, samples):
+            run["samples"] = {step: records for step, records in by_step.items()
+                              if step % every == 0 or step == last}
+        note = "" if every == 1 else (
+            f"Samples of every {every}th step are shown: all of them would exceed {most / 1e6:g} "
+            "MB.")
+        filled = template.replace("{DATA}", text({"runs": runs, "note": note}))
+        if len(filled.encode()) <= most:
+            break
+    return filled

@@ -11,21 +11,19 @@ from evals.results import interval, mean_error, read_results
 from plumbing.files import InputError
 from plumbing.runs import read_lines
 
-CLASSES = {"none": ":", "unit": "--", "tens": "-.", "both": "-"}       # line styles
-
-
 # ---------------------------------------------------------------- curves
 
 def series(records: list[dict], *keys: str) -> tuple[list, list]:
     """Steps and values of a nested entry, where there is one."""
-    points = []
+    steps, values = [], []
     for record in records:
         value = record
         for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
+            value = (value or {}).get(key)
         if value is not None:
-            points.append((record["step"], value))
-    return [p[0] for p in points], [p[1] for p in points]
+            steps.append(record["step"])
+            values.append(value)
+    return steps, values
 
 
 def smooth(values: list[float], width: int = 9) -> list[float]:
@@ -34,37 +32,34 @@ def smooth(values: list[float], width: int = 9) -> list[float]:
     return [sum(v := values[max(0, i - half):i + half + 1]) / len(v) for i in range(len(values))]
 
 
-# Panel: title, file, entries with their line styles, whether to smooth.
+# Panel: title, file, entries with their line styles. Curves of metrics.jsonl are smoothed.
 PANELS = [
-    ("held-out carry accuracy", "eval", {("accuracy", "carry"): "-"}, False),
-    ("held-out no-carry accuracy", "eval", {("accuracy", "none"): "-"}, False),
-    ("held-out accuracy, hard (ASR -, MSR :)", "eval",
-     {("accuracy", "asr_hard"): "-", ("accuracy", "msr_hard"): ":"}, False),
-    ("held-out accuracy, easy (ASR -, MSR :)", "eval",
-     {("accuracy", "asr_easy"): "-", ("accuracy", "msr_easy"): ":"}, False),
-    ("held-out reward", "eval", {("reward",): "-"}, False),
-    ("win-rate against the start", "eval", {("win_rate",): "-"}, False),
-    ("malformed share of the queries", "eval", {("challenger", "malformed"): "-"}, False),
+    ("held-out carry accuracy", "eval", {"accuracy.carry": "-"}),
+    ("held-out no-carry accuracy", "eval", {"accuracy.none": "-"}),
+    ("accuracy, hard (ASR -, MSR :)", "eval", {"accuracy.asr_hard": "-", "accuracy.msr_hard": ":"}),
+    ("accuracy, easy (ASR -, MSR :)", "eval", {"accuracy.asr_easy": "-", "accuracy.msr_easy": ":"}),
+    ("held-out reward", "eval", {"reward": "-"}),
+    ("win-rate against the start", "eval", {"win_rate": "-"}),
+    ("malformed share of the queries", "eval", {"challenger.malformed": "-"}),
     ("class shares of the queries (none : unit -- tens -. both -)", "eval",
-     {("challenger", name): style for name, style in CLASSES.items()}, False),
-    ("R", "metrics", {("reward",): "-"}, True),
-    ("R_Q", "metrics", {("quality",): "-"}, True),
-    ("KL, nats a sequence (Solver -, Challenger :)", "metrics",
-     {("kl_solver",): "-", ("kl_challenger",): ":"}, True),
-    ("truncated share of the predictions", "metrics", {("truncated_predictions",): "-"}, True),
-    ("distinct share of the queries", "metrics", {("distinct_queries",): "-"}, True),
+     {"challenger.none": ":", "challenger.unit": "--", "challenger.tens": "-.",
+      "challenger.both": "-"}),
+    ("R", "metrics", {"reward": "-"}),
+    ("R_Q", "metrics", {"quality": "-"}),
+    ("KL, nats (Solver -, Challenger :)", "metrics", {"kl_solver": "-", "kl_challenger": ":"}),
+    ("truncated share of the predictions", "metrics", {"truncated_predictions": "-"}),
+    ("distinct share of the queries", "metrics", {"distinct_queries": "-"}),
 ]
 
 
 def pyplot():
     """matplotlib, drawing into files."""
     try:
-        import matplotlib
+        from matplotlib import pyplot
     except ImportError:
         raise InputError("plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+    pyplot.switch_backend("Agg")
+    return pyplot
 
 
 def save(figure, out: str):
@@ -76,56 +71,53 @@ def save(figure, out: str):
 
 def plot(paths: list[str], out: str):
     """Curves of run folders; bars where the paths are result files or folders with some."""
-    runs = [Path(path) for path in paths
-            if any((Path(path) / f"{kind}.jsonl").exists() for kind in ("eval", "metrics"))]
-    if 0 < len(runs) < len(paths):
+    runs = {(Path(path) / "metrics.jsonl").exists() or (Path(path) / "eval.jsonl").exists()
+            for path in paths}
+    if len(runs) > 1:
         raise InputError("plot draws run folders as curves, or result files as bars, not both")
-    if runs or not any(Path(path).exists() for path in paths):
-        curves(paths, out)
-    else:
-        bars(paths, out)
+    draw = curves if True in runs else bars
+    draw(paths, out)
 
 
 def curves(folders: list[str], out: str):
     """Draw every panel that the runs have something for."""
-    plt = pyplot()
-    groups = {}
+    plt, groups = pyplot(), {}
     for folder in map(Path, folders):
         run = {kind: read_lines(folder / f"{kind}.jsonl") for kind in ("eval", "metrics")}
-        if not any(run.values()):
-            raise InputError(f"{folder}: no metrics.jsonl or eval.jsonl with anything in it")
         groups.setdefault(re.sub(r"-\d+$", "", folder.name), []).append(run)
-    everything = [run for runs in groups.values() for run in runs]
-    drawn = [(title, kind, entries, smoothed) for title, kind, entries, smoothed in PANELS
-             if any(series(run[kind], *keys)[0] for run in everything for keys in entries)]
-    columns = min(3, len(drawn))
-    rows = -(-len(drawn) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False)
-    for axis, (title, kind, entries, smoothed) in zip(axes.flat, drawn):
-        for color, (label, runs) in enumerate(groups.items()):
-            for keys, style in entries.items():
-                curves = [series(run[kind], *keys) for run in runs]
-                curves = [(x, smooth(y) if smoothed else y) for x, y in curves if x]
-                for x, y in curves if len(entries) < 3 else []:          # else too many lines
-                    axis.plot(x, y, style, color=f"C{color}", linewidth=0.6, alpha=0.5)
-                tables = [dict(zip(x, y)) for x, y in curves]
-                steps = sorted(set.intersection(*map(set, tables))) if tables else []
-                mean = [sum(table[step] for table in tables) / len(tables) for step in steps]
-                axis.plot(steps, mean, style, color=f"C{color}", linewidth=1.8)
-            name = label.replace("$", r"\$")
-            axis.plot([], [], color=f"C{color}", label=f"{name} ({len(runs)})")
+    drawn = []                                  # title, {(label, style): [(steps, values), ...]}
+    for title, kind, entries in PANELS:
+        lines = {(label, style): [series(run[kind], *entry.split(".")) for run in runs]
+                 for label, runs in groups.items() for entry, style in entries.items()}
+        if any(steps for found in lines.values() for steps, _ in found):
+            drawn.append((title, kind, lines))
+    if not drawn:
+        raise InputError(f"{', '.join(folders)}: nothing has been recorded yet")
+    rows = -(-len(drawn) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(15, 3.2 * rows), squeeze=False)
+    colors = {label: f"C{number}" for number, label in enumerate(groups)}
+    for axis, (title, kind, lines) in zip(axes.flat, drawn):
+        for (label, style), found in lines.items():
+            found = [(x, smooth(y) if kind == "metrics" else y) for x, y in found if x]
+            for x, y in found if len(lines) < 3 * len(groups) else []:       # else too many lines
+                axis.plot(x, y, style, color=colors[label], linewidth=0.6, alpha=0.5)
+            tables = [dict(zip(x, y)) for x, y in found]
+            steps = sorted(set.intersection(*map(set, tables))) if tables else []
+            mean = [sum(table[step] for table in tables) / len(tables) for step in steps]
+            axis.plot(steps, mean, style, color=colors[label], linewidth=1.8)
         axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if any(word in title for word in ("accuracy", "share", "win-rate")):
             axis.set_ylim(-0.03, 1.03)
     for axis in axes.flat[len(drawn):]:
         axis.axis("off")
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
+    for label, runs in groups.items():
+        axes.flat[0].plot([], [], color=colors[label], label=f"{label} ({len(runs)})")
     axes.flat[0].legend(fontsize=8)
     figure.tight_layout()
     save(figure, out)
-    print(f"{out}: {len(drawn)} panels, {sum(map(len, groups.values()))} runs")
+    print(f"{out}: {len(drawn)} panels, {len(folders)} runs")
 
 
 # ---------------------------------------------------------------- bars
@@ -138,18 +130,18 @@ def bars(paths: list[str], out: str):
     plt = pyplot()
     names = [Path(path).name.removesuffix(".jsonl") for path in paths]
     if len(set(names)) < len(names):                         # A/gsm8k.jsonl and B/gsm8k.jsonl
-        names = [Path(path).absolute().parent.name for path in paths]
-    if len(set(names)) < len(names):
-        raise InputError("two of the paths have the same name, which the legend needs")
-    sides = {name.replace("$", r"\$"): read_results(path) for name, path in zip(names, paths)}
+        names = paths
+    groups = {}                                              # label: {name: values}
+    sides = dict(zip(names, map(read_results, paths)))
     labels = sorted({label for side in sides.values() for label in side})
-    groups = {label: {name: list(side[label]["values"].values())
-                      for name, side in sides.items() if label in side} for label in labels}
-    if len(labels) == 1:
+    for label in labels:
         for name, side in sides.items():
-            values, subsets = side[labels[0]]["values"], side[labels[0]]["subsets"]
-            for key in (key for key in values if subsets[key]):
-                groups.setdefault(subsets[key], {}).setdefault(name, []).append(values[key])
+            if label in side:
+                found = side[label]["values"]
+                groups.setdefault(label, {})[name] = [value for value, _ in found.values()]
+                for value, subset in found.values() if len(labels) == 1 else ():
+                    if subset:
+                        groups.setdefault(subset, {}).setdefault(name, []).append(value)
     figure, axis = plt.subplots(figsize=(2.5 + 1.1 * len(groups) * len(sides) ** 0.5, 4))
     width = 0.8 / len(sides)
     for number, name in enumerate(sides):
@@ -162,16 +154,12 @@ def bars(paths: list[str], out: str):
         axis.bar(at, means, width, yerr=reach, capsize=3, label=name, color=f"C{number}")
         for x, mean, (_, high) in zip(at, means, ends):
             axis.text(x, high + 1, f"{mean:.1f}", ha="center", fontsize=8)
-    short = [label.partition(" against ")[0] for label in groups]
-    short = [(label if short.count(brief) > 1 else brief).replace("$", r"\$")      # two judges
-             for label, brief in zip(groups, short)]
-    axis.set_xticks(range(len(groups)), [textwrap.fill(label, 16) for label in short], fontsize=8)
+    axis.set_xticks(range(len(groups)), [textwrap.fill(label, 16) for label in groups], fontsize=8)
     axis.set_ylabel("per cent, 95 % interval")
-    tops = [100 * interval(values)[1] for group in groups.values() for values in group.values()]
-    compared = any(label.startswith("win-rate") for label in labels)
-    axis.set_ylim(0, 1.15 * max(tops + [50] * compared))
-    if compared:
+    if any(label.startswith("win-rate") for label in labels):
         axis.axhline(50, color="black", linewidth=0.8, linestyle="--")       # neither is preferred
+    axis.margins(y=0.15)
+    axis.set_ylim(bottom=0)
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))         # beside the bars

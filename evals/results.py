@@ -37,23 +37,17 @@ def resume(path: Path, header: dict) -> list[dict]:
             raise InputError(f"{path} exists and is no result file; nothing is overwritten")
         for key in header if records else ():
             if key != "command" and header[key] != found.get(key):
-                raise InputError(f"{path} was made with another {key} ({brief(found.get(key))}, "
-                                 f"now {brief(header[key])}): choose another --out")
+                raise InputError(f"{path} was made with another {key} ({found.get(key)!r:.60}, "
+                                 f"now {header[key]!r:.60}): choose another --out")
     try:
         if records:
-            whole = path.read_bytes().rfind(b"\n") + 1
-            os.truncate(path, whole)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(header, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     return records
-
-
-def brief(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def digest(texts: list[str]) -> str:
@@ -88,9 +82,9 @@ def interval(values: list[float]) -> list[float]:
 def percent(values: list[float], name: str) -> dict:
     """Mean, standard error and 95 % interval of values in 0..1, in per cent; their number n."""
     mean, error = mean_error(values) if values else (None, None)
-    hundred = lambda x: None if x is None else 100 * x
-    return {name: hundred(mean), "standard_error": hundred(error),
-            "interval": [hundred(x) for x in interval(values)] if values else None,
+    return {name: None if mean is None else 100 * mean,
+            "standard_error": None if error is None else 100 * error,
+            "interval": [100 * x for x in interval(values)] if values else None,
             "n": len(values)}
 
 
@@ -117,11 +111,13 @@ def mcnemar(base: list[float], run: list[float]) -> float:
     return min(1.0, 2 * tail)
 
 
-def show(figures: dict, values: list[float], subsets: list, name: str):
-    """A line for each subset, and last of all the overall figures as JSON."""
-    names = sorted({str(subset) for subset in subsets})
-    for subset in names if len(names) > 1 else ():
-        f = percent([v for v, s in zip(values, subsets) if str(s) == subset], name)
+def show(figures: dict, found: list[tuple[float, str | None]], name: str):
+    """A line for each subset of the (value, subset) found; last the overall figures as JSON."""
+    subsets = {}
+    for value, subset in found:
+        subsets.setdefault(str(subset), []).append(value)
+    for subset, values in sorted(subsets.items()) if len(subsets) > 1 else ():
+        f = percent(values, name)
         print(f"{subset:24} {f[name]:6.2f}   95 % [{f['interval'][0]:.2f}, {f['interval'][1]:.2f}]"
               f"   n {f['n']}")
     print(json.dumps(figures))
@@ -130,7 +126,7 @@ def show(figures: dict, values: list[float], subsets: list, name: str):
 # ---------------------------------------------------------------- before and after
 
 def read_results(path: str) -> dict[str, dict]:
-    """A result file, or a folder of some: {measure's label: header, file, values by item}."""
+    """A result file, or a folder of some: {measure's label: header, file, item_values()}."""
     path, measures = Path(path), {}
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
@@ -143,94 +139,80 @@ def read_results(path: str) -> dict[str, dict]:
             label += f" against {header['against']}, judge {header['judge']}"
         if label in measures:
             raise InputError(f"{file}: {label} is in {measures[label]['file']} already")
-        values, subsets = item_values(header, records)
-        measures[label] = {"header": header, "file": file, "values": values, "subsets": subsets}
+        values = item_values(header, records)
+        measures[label] = {"header": header, "file": file, "values": values}
     if not measures:
         raise InputError(f"{path}: no result files of eval.py")
     return measures
 
 
-def item_values(header: dict, records: list[dict]) -> tuple[dict, dict]:
-    """{item: value in 0..1}, {item: subset}; an item is its query and which one of equal queries.
+def item_values(header: dict, records: list[dict]) -> dict[tuple, tuple[float, str | None]]:
+    """{item: (value in 0..1, subset)}; an item is its query and which one of equal queries.
 
     A benchmark's value is the share of right samples. A win-rate's is the mean preference - 1 over
-    the asked orders, and an item with a failed or missing one has none.
+    the asked orders, and an item with a failed or missing one is left out.
     """
-    by_item, subsets = {}, {}
+    by_item, values, seen = {}, {}, Counter()
     for record in records:                 # of a question that was asked again, the last one
         by_item.setdefault(record["item"], {})[record.get("first")] = record
-    values, seen = {}, Counter()
     for _, group in sorted(by_item.items()):
-        group = list(group.values())
-        query = group[0]["query"]
-        seen[query] += 1
-        key = (query, seen[query])
-        subsets[key] = group[0].get("subset")
+        first, *others = group.values()
+        seen[first["query"]] += 1
         if header["measure"] != "win-rate":
-            values[key] = sum(group[0]["correct"]) / len(group[0]["correct"])
-            continue
-        preferences = [record["preference"] for record in group]
-        if len(group) == group[0]["orders"] and None not in preferences:
-            values[key] = sum(preferences) / len(preferences) - 1
-    return values, subsets
-
-
-def check_alike(base: dict, run: dict):
-    """InputError where two files of one measure were made so differently that pairing them lies."""
-    for key in sorted(base["header"].keys() | run["header"].keys()):
-        one, other = base["header"].get(key), run["header"].get(key)
-        if key not in FREE and one != other:
-            raise InputError(f"{run['file']} was made with {key} {brief(other)}, {base['file']} "
-                             f"with {brief(one)}: not comparable")
+            value = sum(first["correct"]) / len(first["correct"])
+        else:
+            preferences = [record["preference"] for record in (first, *others)]
+            if len(preferences) < first["orders"] or None in preferences:
+                continue
+            value = sum(preferences) / len(preferences) - 1
+        values[first["query"], seen[first["query"]]] = value, first.get("subset")
+    return values
 
 
 def rows(base: dict, run: dict) -> list[list]:
-    """The table's: measure, n, base, run, difference, its interval's ends, p; None: no such thing.
+    """The table of two measures: subset (None: all), n, base, run, difference, its interval's ends,
+    p; over the items that both have. p is McNemar's, for right or wrong alone, else None.
 
-    Both sides' figures are over the items that both have. p is McNemar's, for right or wrong alone.
-    What one side alone has comes with the interval of its own figure.
+    InputError where the files were made so differently that pairing them would mislead.
     """
-    table = []
-    for label in sorted(base.keys() | run.keys()):
-        sides = [side[label]["values"] if label in side else None for side in (base, run)]
-        if not all(sides):
-            means = [mean_error(list(side.values()))[0] if side else None for side in sides]
-            values = list((sides[0] or sides[1] or {}).values())
-            ends = interval(values) if values else [None, None]
-            table.append([label, len(values), *means, None, *ends, None])
-            continue
-        check_alike(base[label], run[label])
-        subsets = base[label]["subsets"]
-        common = [key for key in sides[0] if key in sides[1]]
-        names = sorted({subsets[key] for key in common} - {None})
-        for name in [None] + (names if len(names) > 1 else []):
-            keys = [key for key in common if name in (None, subsets[key])]
-            one, other = ([side[key] for key in keys] for side in sides)
-            if not keys:
-                raise InputError(f"{run[label]['file']}: no question in common with "
-                                 f"{base[label]['file']}")
-            binary = base[label]["header"].get("samples") == 1
-            table.append([label if name is None else f"  {name}", len(keys), mean_error(one)[0],
-                          mean_error(other)[0], *paired(one, other),
-                          mcnemar(one, other) if binary else None])
+    for key in sorted(base["header"].keys() | run["header"].keys()):
+        one, other = base["header"].get(key), run["header"].get(key)
+        if key not in FREE and one != other:
+            raise InputError(f"{run['file']} was made with {key} {other!r:.60}, {base['file']} "
+                             f"with {one!r:.60}: not comparable")
+    pairs = [(subset, value, run["values"][key][0])
+             for key, (value, subset) in base["values"].items() if key in run["values"]]
+    if not pairs:
+        raise InputError(f"{run['file']}: no question in common with {base['file']}")
+    names, table = sorted({subset for subset, *_ in pairs} - {None}), []
+    for name in [None] + (names if len(names) > 1 else []):
+        some = [values for subset, *values in pairs if name in (None, subset)]
+        one, other = map(list, zip(*some))
+        p = mcnemar(one, other) if base["header"].get("samples") == 1 else None
+        table.append([name, len(some), mean_error(one)[0], mean_error(other)[0],
+                      *paired(one, other), p])
     return table
 
 
 def compare(base_path: str, run_paths: list[str]):
     """Print one table of the base against each run, and below it the command of each figure."""
     sides = {path: read_results(path) for path in (base_path, *run_paths)}
+    base = sides[base_path]
     print(f"{'':42} {'n':>5} {'base':>7} {'run':>7} {'run - base':>11} {'95 % interval':>17} "
           f"{'McNemar p':>10}")
     for path in run_paths:
         print(path)
-        for label, n, *figures, p in rows(sides[base_path], sides[path]):
-            one, other, change, low, high = (
-                "-" if x is None else f"{100 * x:.2f}" for x in figures)
-            ends = "-" if low == "-" else f"[{low}, {high}]"
-            print(f"  {label:40} {n:5} {one:>7} {other:>7} {change:>11} {ends:>17} "
-                  f"{'-' if p is None else f'{p:.2g}':>10}")
+        for label in sorted(base.keys() | sides[path].keys()):
+            if label not in base or label not in sides[path]:
+                print(f"  {label}: only in {base_path if label in base else path}")
+                continue
+            for name, n, *figures, p in rows(base[label], sides[path][label]):
+                one, other, change, low, high = (f"{100 * x:.2f}" for x in figures)
+                print(f"  {label if name is None else f'  {name}':40} {n:5} {one:>7} {other:>7} "
+                      f"{change:>11} {f'[{low}, {high}]':>17} "
+                      f"{'-' if p is None else f'{p:.2g}':>10}")
     print("\nPer cent, over the questions that both sides have. Intervals: of the difference, by "
-          "paired bootstrap;\nof the figure itself where one side alone has it.")
+          "paired bootstrap.")
     for path, side in sides.items():
         for label, measured in sorted(side.items()):
             print(f"{path}: {label}: {measured['header']['command']}")

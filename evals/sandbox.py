@@ -39,6 +39,7 @@ import signal
 import sys
 import time
 import types
+from collections.abc import Iterator, KeysView, ValuesView
 
 REASONS = ("passed", "failed", "error", "memory", "timeout", "ended", "sandbox")
 MEMORY = 512 << 20                       # bytes of address space a process
@@ -125,22 +126,9 @@ def give_up_rights(containment: str, keeper: int, cpu: int):
         os.setresgid(own, own, own)
         os.setresuid(own, own, own)
     if LINUX:
+        call("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)     # a change of ids undoes it
         call("prctl", NO_NEW_PRIVILEGES, 1, 0, 0, 0)
         call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())
-
-
-def end_with_parent(pipe: int):
-    """Have the kernel kill this process when its parent ends, who reads the pipe; or leave now.
-
-    After a change of user ids, which undoes it. The parent may have ended before: then the pipe
-    has no reader. (Where there is no such signal, only this last is looked at.)
-    """
-    if LINUX:
-        call("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    watch = select.poll()
-    watch.register(pipe, 0)
-    if watch.poll(0):
-        os._exit(1)
 
 
 def close_files(*kept: int) -> list[int]:
@@ -156,7 +144,8 @@ def close_files(*kept: int) -> list[int]:
 
 # ---------------------------------------------------------------- plain values
 
-CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iter": iter}
+CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes,
+              "iter": (Iterator, range, KeysView, ValuesView)}
 
 
 class Object:
@@ -169,8 +158,8 @@ class Object:
 def pack(x, objects: list):
     """A value as JSON: containers and numbers by kind; anything else stays and is named by its
     place in `objects`, so that the tests can hand it back."""
-    if x is None or type(x) in (bool, int, float, str):
-        return x
+    if x is None:
+        return None
     for kind in (bool, int, float, str):                    # a subclass may compare as it likes
         if isinstance(x, kind):
             return kind(x)
@@ -178,11 +167,9 @@ def pack(x, objects: list):
         return ["dict", [[pack(k, objects), pack(v, objects)] for k, v in dict.items(x)]]
     if isinstance(x, complex):
         return ["complex", [x.real, x.imag]]
-    if isinstance(x, (bytes, bytearray)):
-        return ["bytes", list(x)]
-    kind = next((name for name in list(CONTAINERS)[:4] if isinstance(x, CONTAINERS[name])), None)
-    if kind or hasattr(x, "__next__") or isinstance(x, (range, type({}.keys()), type({}.values()))):
-        return [kind or "iter", [pack(item, objects) for item in x]]
+    for name, kind in CONTAINERS.items():
+        if isinstance(x, kind):
+            return [name, [pack(item, objects) for item in x]]
     if isinstance(x, Object):
         return ["object", x.number]
     objects.append(x)
@@ -200,41 +187,40 @@ def unpack(x, known):
         return {unpack(k, known): unpack(v, known) for k, v in held}
     if kind == "complex":
         return complex(*held)
-    if kind == "bytes":
-        return bytes(held)
-    return CONTAINERS[kind]([unpack(item, known) for item in held])
+    items = [unpack(item, known) for item in held]
+    return iter(items) if kind == "iter" else CONTAINERS[kind](items)
 
 
 # ---------------------------------------------------------------- the two children
 
+def word_for(error: BaseException) -> str:
+    """Which of REASONS an exception is."""
+    for kind, word in ((MemoryError, "memory"), (AssertionError, "failed"), (Exception, "error")):
+        if isinstance(error, kind):
+            return word
+    return "ended"                                          # SystemExit, KeyboardInterrupt
+
+
 def answer_calls(answer: str, requests: int, replies: int):
     """Run the answer, then call what is asked for and send back what it returns or how it ended."""
-    write, leave, dumps, loads, packed = os.write, os._exit, json.dumps, json.loads, pack
     module, objects = types.ModuleType("program"), []
     sys.modules["program"] = module             # not __main__: examples of use do not run
-    line, run = "[]", open(requests, encoding="utf-8")
+    requests, replies = open(requests, encoding="utf-8"), open(replies, "w", encoding="utf-8")
+    line = "[]"
     while line:
         try:
             if line == "[]":
                 exec(compile(answer, "program.py", "exec"), module.__dict__)
-                reply = ["ready", None]
+                reply = ["value", None]
             else:
-                name, args, named = loads(line)
+                name, args, named = json.loads(line)
                 args, named = (unpack(x, objects.__getitem__) for x in (args, named))
-                reply = ["value", packed(getattr(module, name)(*args, **named), objects)]
-        except MemoryError:
-            reply = ["memory", None]
-        except AssertionError:
-            reply = ["failed", None]
-        except Exception:
-            reply = ["error", None]
-        except BaseException:                               # SystemExit, KeyboardInterrupt
-            reply = ["ended", None]
-        text = dumps(reply).encode() + b"\n"
-        while text:
-            text = text[write(replies, text):]
-        line = run.readline()
-    leave(0)
+                reply = ["value", pack(getattr(module, name)(*args, **named), objects)]
+        except BaseException as error:
+            reply = [word_for(error), None]
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+        line = requests.readline()
 
 
 class Ended(BaseException):
@@ -243,26 +229,23 @@ class Ended(BaseException):
 
 def run_tests(program: dict, requests: int, replies: int, report: int):
     """Run helpers and tests with stand-ins for the answer's names, and report a word."""
-    source = open(replies, encoding="utf-8")
+    requests, replies = open(requests, "w", encoding="utf-8"), open(replies, encoding="utf-8")
 
     def reply():
-        line = source.readline()
+        line = replies.readline()
         word, value = json.loads(line) if line else ("", None)
-        if word not in ("ready", "value"):
+        if word != "value":
             raise Ended(word)
         return unpack(value, Object)
 
     def ask(name):
         def stand_in(*args, **named):
-            packed = [name, pack(args, []), pack(named, [])]
-            text = json.dumps(packed).encode() + b"\n"
-            while text:
-                text = text[os.write(requests, text):]
+            requests.write(json.dumps([name, pack(args, []), pack(named, [])]) + "\n")
+            requests.flush()
             return reply()
         return stand_in
 
-    module = types.ModuleType("tests")
-    space = module.__dict__
+    space = types.ModuleType("tests").__dict__
     try:
         exec(compile(program["helpers"], "helpers.py", "exec"), space)
         space.update({name: ask(name) for name in program["names"]})
@@ -271,40 +254,29 @@ def run_tests(program: dict, requests: int, replies: int, report: int):
         word = "passed"
     except Ended as end:
         word = str(end) if str(end) in REASONS[1:] else ""
-    except AssertionError:
-        word = "failed"
-    except MemoryError:
-        word = "memory"
     except BrokenPipeError:
         word = ""
-    except BaseException:
-        word = "error"
+    except BaseException as error:
+        word = word_for(error)
     os.write(report, word.encode())
-    os._exit(0)
 
 
 # ---------------------------------------------------------------- the keeper
 
-def descendants() -> list[int]:
-    """The keeper's own children, orphans that it inherited included (Linux; elsewhere none)."""
-    found = []
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
-        with contextlib.suppress(OSError, ValueError):
-            with open(f"/proc/{int(entry)}/stat") as file:
-                if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
-                    found.append(int(entry))
-    return found
-
-
 def end_all():
-    """Kill what is left of the program, until nothing is; ten seconds at most."""
+    """Kill what is left of the program, orphans included, until nothing is; ten seconds at most.
+
+    In a process namespace the kernel does it.
+    """
     deadline = time.monotonic() + 10
+    children = f"/proc/self/task/{os.getpid()}/children"
     with contextlib.suppress(ChildProcessError):           # raised when there is no child any more
         while time.monotonic() < deadline:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-            for child in descendants():
-                os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(FileNotFoundError), open(children) as file:
+                for child in file.read().split():
+                    os.kill(int(child), signal.SIGKILL)
             time.sleep(0.002)
 
 
@@ -316,63 +288,45 @@ def keep(containment: str, cpu: int, wall: float) -> str:
     program = json.load(sys.stdin)
     (reading, report), (asking, asked), (saying, said) = os.pipe(), os.pipe(), os.pipe()
     if LINUX:
-        with contextlib.suppress(OSError):      # if memory runs out, the kernel takes these first
-            with open("/proc/self/oom_score_adj", "w") as file:
-                file.write("1000")
         call("prctl", SUBREAPER, 1, 0, 0, 0)
     if containment == "namespaces":
         enter_namespaces()
         hide_files(os.getcwd())
     if LINUX:                     # before the children fork: no other process reads their memory
         call("prctl", DUMPABLE, 0, 0, 0, 0)
-    end_with_parent(1)
+        call("prctl", PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     keeper = os.getpid()
 
     def contained(run, *pipes: int) -> int:
         """A child that is contained, keeps these pipes and runs."""
-        child = os.fork()
+        child, leave = os.fork(), os._exit                  # which the answer may patch
         if child:
             return child
         try:
             if containment == "namespaces":
                 os.setsid()
             pipes = close_files(*pipes)
-            try:
-                give_up_rights(containment, keeper, cpu)
-                end_with_parent(pipes[-1])
-            except OSError:
-                os.write(pipes[-1], b"sandbox")
-                os._exit(1)
-            if os.getppid() not in (0, keeper):             # it ended before the signal was set
-                os._exit(1)
-            sys.set_int_max_str_digits(0)
-            run(*pipes)
+            give_up_rights(containment, keeper, cpu)
+            if os.getppid() in (0, keeper):                 # else it ended before the signal
+                sys.set_int_max_str_digits(0)
+                run(*pipes)
         finally:
-            os._exit(1)
+            leave(1)
     # The tests' process first: in a process namespace it is the one with which all others end.
     tests = contained(lambda *pipes: run_tests(program, *pipes), asked, saying, report)
-    first = contained(lambda *pipes: answer_calls(program["answer"], *pipes), asking, said)
+    answer = contained(lambda *pipes: answer_calls(program["answer"], *pipes), asking, said)
     for pipe in (report, asking, asked, saying, said):
         os.close(pipe)
-    deadline, word, ended = time.monotonic() + wall, None, False
-    while word is None and time.monotonic() < deadline:
-        if select.select([reading], [], [], 0.005)[0]:
-            word = os.read(reading, 100).decode(errors="replace")       # "": without a verdict
-        if not ended:
-            ended, status, used = os.wait4(first, os.WNOHANG)
-            if ended:                           # its children may hold the pipes: not for long
-                deadline = min(deadline, time.monotonic() + 0.2)
-    if not ended and word == "":
-        time.sleep(0.1)
-        ended, status, used = os.wait4(first, os.WNOHANG)
-    for child in (tests, *[first] * (not ended)):
+    ready = select.select([reading], [], [], wall)[0]
+    word = os.read(reading, 100).decode(errors="replace") if ready else "timeout"
+    for child in (tests, answer):
         os.kill(child, signal.SIGKILL)
+    used = os.wait4(answer, 0)[2]
     end_all()
     if word:
         return word if word in REASONS else "ended"
     # The kernel counts ticks for the limit, and run time for what was used: they differ a little.
-    stopped = ended and os.WIFSIGNALED(status) and used.ru_utime + used.ru_stime > 0.8 * cpu
-    return "timeout" if stopped or word is None and not ended else "ended"
+    return "timeout" if used.ru_utime + used.ru_stime > 0.8 * cpu else "ended"
 
 
 def main():

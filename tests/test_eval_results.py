@@ -122,16 +122,21 @@ def test_the_table_pairs_by_question_and_shows_every_command(tmp_path, capsys):
     assert f"{base}: gsm8k: c1" in lines and f"{shuffled}: gsm8k: c2" in lines
 
 
+def table(base, run) -> dict:
+    """The rows of every measure that two paths both have."""
+    base, run = results.read_results(base), results.read_results(run)
+    return {label: results.rows(base[label], run[label]) for label in base if label in run}
+
+
 def test_folders_are_compared_measure_by_measure(tmp_path, capsys):
     for side, flags in (("base", [[0], [1]]), ("run", [[1], [1]])):
         write_results(tmp_path / side / "gsm8k.jsonl", flags)
         (tmp_path / side / "metrics.jsonl").write_text('{"step": 1}\n')          # not a result file
     write_results(tmp_path / "run" / "math.jsonl", [[1, 0], [0, 0]], measure="math", samples=2)
-    write_results(tmp_path / "run" / "mbpp.jsonl", [], measure="mbpp")               # just begun
-    rows = results.rows(*(results.read_results(tmp_path / side) for side in ("base", "run")))
-    assert [row[:5] for row in rows] == [["gsm8k", 2, 0.5, 1.0, 0.5], ["math", 2, None, 0.25, None],
-                                         ["mbpp", 0, None, None, None]]
-    assert rows[1][5:] == [*results.interval([0.5, 0.0]), None]
+    (row,) = table(tmp_path / "base", tmp_path / "run")["gsm8k"]
+    assert row[:5] == [None, 2, 0.5, 1.0, 0.5]
+    results.compare(str(tmp_path / "base"), [str(tmp_path / "run")])
+    assert f"  math: only in {tmp_path / 'run'}" in capsys.readouterr().out.split("\n")
     write_results(tmp_path / "run" / "again.jsonl", [[1]])
     with pytest.raises(InputError, match="gsm8k is in .*again.jsonl already"):
         results.read_results(tmp_path / "run")
@@ -145,16 +150,14 @@ def test_win_rates_are_paired_by_their_baseline_and_judge(tmp_path):
                  for first, p in zip("ab", both)]
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(json.dumps(line) + "\n" for line in (head, *lines)))
-        return results.read_results(tmp_path / f"{name}.jsonl")
+        return tmp_path / f"{name}.jsonl"
     # Both orders are averaged; a failed one (None) or a missing one takes the item out.
     base = verdicts("one", [(1, 1), (1, 2), (2, 2), (2, None), (2,)])
     run = verdicts("two", [(2, 2), (2, 2), (1.5, 2), (2, 2), (2, 2)])
-    (row,) = results.rows(base, run)
-    assert row[:5] == ["win-rate against b, judge j", 3, 0.5, pytest.approx(2.75 / 3),
-                       pytest.approx(1.25 / 3)] and row[-1] is None
-    other = results.rows(base, verdicts("three", [(2, 2)], judge="k"))
-    assert len(other) == 2 and all(row[4] is None for row in other)
-    assert other[1][5:7] == results.interval([1.0])
+    (row,) = table(base, run)["win-rate against b, judge j"]
+    assert row[:5] == [None, 3, 0.5, pytest.approx(2.75 / 3), pytest.approx(1.25 / 3)]
+    assert row[-1] is None
+    assert table(base, verdicts("three", [(2, 2)], judge="k")) == {}
 
 
 @pytest.mark.parametrize("changes, message", [

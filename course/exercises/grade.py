@@ -22,6 +22,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent.parent),
                *(p for p in sys.path if Path(p).resolve() != HERE), str(HERE)]
 
+from plumbing.cli import run_script  # noqa: E402
+
 
 def load(file: Path) -> ModuleType:
     """An exercise's file as a module; its name begins with a digit, so that import cannot."""
@@ -78,4 +80,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)                    # output that cannot be written (`| head`) is dropped
