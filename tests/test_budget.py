@@ -97,7 +97,6 @@ def test_of_an_offloaded_run_only_the_working_model_is_on_the_gpu():
 def test_without_bf16_the_policy_is_its_own_master():
     s, plan = dry(checkpointing=False)
     plan.machine = Machine("cpu", 4, 1e12, "")
-    plan.built.clear()
     found = plan.phases(s)
     assert "masters" not in found["update"]
     count = budget.parameters(plan.models["policy"])
@@ -179,7 +178,8 @@ def test_every_phases_estimate_is_within_15_percent_of_the_bytes_it_took(
 
 @pytest.mark.parametrize("memory, given, wanted", [
     (40, {}, "fits"), (16, {}, "--offload would make it fit"), (16, {"offload": True}, "fits"),
-    (7, {}, "still"), (32, {"checkpointing": False, "micro_batch_tokens": 8192}, "--micro-batch"),
+    (7, {}, "and with --checkpointing --offload"),
+    (32, {"checkpointing": False, "micro_batch_tokens": 8192}, "--micro-batch"),
 ])
 def test_the_first_switch_that_makes_it_fit_is_named_and_does(memory, given, wanted):
     s, plan = dry(gpu_memory=float(memory), **given)
@@ -187,7 +187,7 @@ def test_the_first_switch_that_makes_it_fit_is_named_and_does(memory, given, wan
     assert wanted in said
     flags = re.findall(r"--([a-z-]+)(?: (\d+))?", said) if "would make it fit" in said else []
     changes = {key.replace("-", "_"): int(value) if value else True for key, value in flags}
-    if "still" not in said:
+    if "and with" not in said:
         tried = dataclasses.replace(s, **changes)
         assert plan.missing(tried) <= 0
         assert not changes or plan.missing(s) > 0
@@ -227,7 +227,7 @@ def test_a_cpu_keeps_the_defaults_and_a_gpu_that_cannot_hold_the_weights_is_refu
     s = train.plan_of(s).sized(s, ())
     assert (s.batch_tokens, s.micro_batch_tokens) == (2**18, 2**13)
     s, _ = resolve(given | {"gpu_memory": 1e-5})
-    with pytest.raises(InputError, match=r"0.0 GB \(--gpu-memory 1e-05\), and weights, gradients"):
+    with pytest.raises(InputError, match=r"GB \(--gpu-memory 1e-05 less .*, and weights"):
         train.plan_of(s).sized(s, ())
 
 
@@ -256,13 +256,14 @@ def test_a_dry_run_reads_config_json_alone_and_leaves_nothing(tmp_path, monkeypa
     flags = ["--model", "m", "--reward", "skywork-v2-1b", "--dry-run"]
     for memory, code, word in (("40", 0, "fits"), ("16", 3, "--offload would make it fit")):
         found, out, err = script(monkeypatch, capsys, *flags, "--gpu-memory", memory)
-        assert (found, err) == (code, "") and f"(--gpu-memory {memory}): " in out and word in out
-        # Columns add up to their peak.
-        lines = [line.split() for line in out.split("\n\n")[1].replace("-", "0").split("\n")]
+        assert (found, err) == (code, "") and f"(--gpu-memory {memory} less" in out
+        assert word in out
+        # Columns add up.
+        lines = [line.split() for line in out.split("\n\n")[1].split("\n")]
         sums = [sum(float(line[-6:][k]) for line in lines[1:-1]) for k in range(6)]
         assert sums == pytest.approx(list(map(float, lines[-1][-6:])), abs=.05)
         # 1.236e9 weights in bf16, with masters and moments: 14 bytes each.
-        assert "a checkpoint takes 17.3 GB of disk" in out and "h for 500 steps" in out
+        assert "a checkpoint takes 17.3 GB of disk" in out
     assert [p.name for p in tmp_path.rglob("*")] == ["m", "config.json"]
 
 
