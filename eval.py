@@ -203,6 +203,9 @@ def benchmark(args):
     problems, prompt = benchmarks.read_problems(name, args.prompts, args.limit)
     if name in benchmarks.CODE:
         print(grade.isolation())
+        if absent := benchmarks.absent_modules(problems):
+            print(f"some tests import {', '.join(absent)}, which programs cannot import here: "
+                  "these problems will count as errors")
     out, queries = Path(args.out), [problem["query"] for problem in problems]
     records = results.resume(out, made_by(args, name, queries, samples=samples, prompt=prompt))
     for i, answers in answer(args, queries, {record["item"] for record in records}, samples):
@@ -267,7 +270,7 @@ def make_parser() -> Parser:
     new("--judge-tokens", type=int, default=1024, help="longest reply from the URL")
     new("--judge-fields", type=judges.json_object, help="JSON object of further fields of a "
         'request, null to leave one out: {"max_completion_tokens": 2048, "max_tokens": null}')
-    new("--timeout", type=float, default=120, help="seconds to wait for the URL (default 120)")
+    new("--timeout", type=float, default=120, help="seconds that a reply may take (default 120)")
     new("--out", help="file of the verdicts (default: beside the first outputs)")
     new("--concurrency", type=int, default=4, help="questions at a time, to a URL")
     add_device(new)

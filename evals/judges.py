@@ -11,6 +11,7 @@ import math
 import os
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -180,7 +181,7 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict],
 
 class Endpoint:
     """Chat completions of an OpenAI-compatible server. fields: further ones of a request, where
-    None leaves one out; seconds: how long the server may send nothing."""
+    None leaves one out; seconds: how long a whole reply may take."""
 
     def __init__(self, url: str, model: str, *, max_tokens: int = 1024, seconds: float = 120,
                  fields: dict | None = None):
@@ -204,7 +205,7 @@ class Endpoint:
                 if key := os.environ.get(KEY, "").strip():
                     request.add_unredirected_header("Authorization", f"Bearer {key}")
                 with urllib.request.urlopen(request, timeout=self.seconds) as response:
-                    return content_of(response.read())
+                    return content_of(self.whole(response))
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {error.read(200).decode(errors='replace')}"
                 if error.code in UNFIT:
@@ -218,6 +219,15 @@ class Endpoint:
         self.stop.set()
         raise InputError(f"{self.url}: {reason} (the verdicts so far are kept: the same command "
                          "goes on)")
+
+    def whole(self, response) -> bytes:
+        """A whole reply; TimeoutError where it takes longer than it may (a server can trickle)."""
+        deadline, text = time.monotonic() + self.seconds, b""
+        while piece := response.read1(2 ** 16):
+            text += piece
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no whole reply in {self.seconds:g} s")
+        return text
 
 
 def content_of(reply: bytes) -> str | None:

@@ -13,7 +13,6 @@ Shapes: N queries, G answers, B rows of a pass, S tokens of a prompt, T of a com
 import math
 import os
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,7 +46,7 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         held = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
-        self.known = {t.untyped_storage()._cdata for t in held}
+        self.known = {t.untyped_storage()._cdata for t in held}      # not counted
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -77,37 +76,23 @@ def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
     return aten._scaled_dot_product_efficient_attention(q, k, v, bias, torch.is_grad_enabled())[0]
 
 
-@contextmanager
-def on_meta(device: str):
-    """Attention and the chunks of logits are those of `device`."""
-    plain, chunks = F.scaled_dot_product_attention, logprobs.LOGITS_PER_CHUNK
-    F.scaled_dot_product_attention = attention
-    logprobs.LOGITS_PER_CHUNK = {"meta": chunks.get(device, chunks["cpu"])}
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention, logprobs.LOGITS_PER_CHUNK = plain, chunks
-
-
 # ---------------------------------------------------------------- what is there
 
 @dataclass(frozen=True)
 class Machine:
     device: str                      # cuda, cpu or mps
-    width: int                       # bytes of a number in play
-    memory: float                    # bytes that the run may have
-    source: str                      # where that figure is from
+    width: int                       # bytes per weight in the forward pass
+    memory: float                    # bytes that the run may use
+    source: str                      # where that figure comes from
 
 
 def machine(s) -> Machine:
-    """The GPU at hand, or the one that --gpu-memory imagines for a dry run, or this host."""
-    given = f"--gpu-memory {s.gpu_memory:g} less {CUDA / 1e9:g} of CUDA's own"
-    if s.dry_run and s.gpu_memory and not (s.device in ("auto", "cuda")
-                                           and torch.cuda.is_available()):
-        return Machine("cuda", 2, s.gpu_memory * 1e9 - CUDA, given)
+    """The GPU of --gpu-memory (in a dry run it need not exist), the GPU at hand, or this host."""
+    if s.gpu_memory:
+        width = pick_device("cuda")[1].itemsize if torch.cuda.is_available() else 2
+        return Machine("cuda", width, s.gpu_memory * 1e9 - CUDA,
+                       f"--gpu-memory {s.gpu_memory:g} less {CUDA / 1e9:g} of CUDA's own")
     device, dtype = pick_device(s.device)
-    if device.type == "cuda" and s.gpu_memory:
-        return Machine("cuda", dtype.itemsize, s.gpu_memory * 1e9 - CUDA, given)
     if device.type == "cuda":
         return Machine("cuda", dtype.itemsize, torch.cuda.mem_get_info()[0],
                        "free on " + torch.cuda.get_device_name())
@@ -116,19 +101,19 @@ def machine(s) -> Machine:
 
 
 def prompt_lengths(s) -> dict[str, int]:
-    """Tokens of the prompt files, estimated from their letters: no tokenizer is read. `shown`: what
-    the judge sees beside its instructions and the answer."""
+    """Tokens of the prompt files, estimated from their letters: no tokenizer is loaded. "shown":
+    what the judge sees beside its instructions and the answer."""
     count = lambda text: math.ceil(len(text) / LETTERS)
-    challenger, judge, shown = "", "", s.query_tokens
+    own, judge, shown = 0, "", s.query_tokens
     if s.algo in ("lsp", "lsp-zero"):
-        challenger = read_prompt(s.challenger_prompt)
+        own = TURN + count(read_prompt(s.challenger_prompt))
     if s.self_reward:
         judge = read_prompt(s.self_reward_prompt)
     elif s.verdict:
         judge = read_prompt(HERE / "prompts" / f"verdict{'_strict' * s.strict}.txt")
         shown = SEGMENT * (1 if s.strict else s.reference_segments)
-    return {"challenger": TURN + count(challenger) if challenger else 0,
-            "judge": TURN + count(judge), "rubric": count(judge.split("{")[0]), "shown": shown}
+    return {"challenger": own, "judge": TURN + count(judge), "rubric": count(judge.split("{")[0]),
+            "shown": shown}
 
 
 def parameters(c: Config) -> int:
@@ -145,6 +130,11 @@ def token_cache(c: Config, width: int) -> int:
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * width
 
 
+def in_unit(sizes) -> tuple[str, float]:
+    """The unit in which these bytes are printed, and its bytes."""
+    return ("GB", 1e9) if max(sizes) > 1e9 else ("MB", 1e6)
+
+
 # ---------------------------------------------------------------- the plan
 
 class Plan:
@@ -158,33 +148,36 @@ class Plan:
                  on: Machine | None = None):
         self.settings, self.models, self.code = s, models, code
         self.text, self.machine = text or prompt_lengths(s), on or machine(s)
-        self.built = {}                  # models on meta, by role
 
     # ------------------------------------------------------------ what is executed
 
-    def peak(self, role: str, work, *sizes) -> int:
-        """Most bytes that are alive at once in work(model, *sizes), beside the model's weights."""
+    def peak(self, role: str, work, *sizes, **options) -> int:
+        """Most bytes that are alive at once in work(model, *sizes), beside the model's weights
+        and gradients."""
         c, m = self.models[role], self.machine
-        key = (str(c), m.device, m.width, work.__name__, sizes)
+        key = (str(c), m.device, m.width, work.__name__, sizes, *options.values())
         if key not in MEASURED:
-            with on_meta(m.device):
-                if role not in self.built:
-                    with torch.device("meta"):
-                        model = self.code.Llama(c)
-                    model.frequencies = model.frequencies.to("meta")
-                    self.built[role] = model.to({2: torch.bfloat16, 4: torch.float32}[m.width])
-                model = self.built[role]
-                for p in model.parameters() if work == self.updating else ():
-                    p.grad_dtype = None                          # as MasterAdamW has it
-                    p.grad = torch.empty_like(p, dtype=torch.float32)
+            with torch.device("meta"):
+                model = self.code.Llama(c)
+            model.frequencies = model.frequencies.to("meta")
+            model.to({2: torch.bfloat16, 4: torch.float32}[m.width])
+            for p in model.parameters() if work == self.updating else ():
+                p.grad_dtype = None                              # as MasterAdamW has it
+                p.grad = torch.empty_like(p, dtype=torch.float32)
+            chunks, plain = logprobs.LOGITS_PER_CHUNK, F.scaled_dot_product_attention
+            chunks["meta"] = chunks.get(m.device, chunks["cpu"])
+            F.scaled_dot_product_attention = attention
+            try:
                 with Live(model) as live:
-                    work(model, *sizes)
+                    work(model, *sizes, **options)
+            finally:
+                F.scaled_dot_product_attention = plain
             MEASURED[key] = live.peak
         return MEASURED[key]
 
     @torch.inference_mode()
     def sampling(self, model, B: int, P: int, S: int, common: int, T: int):
-        """The prefill of P prompts for B rows, and a decode step."""
+        """The prefill of P prompts for B rows, and a decode step with its draw."""
         prompts = [[0] * common + [1 + p] * (S - common) for p in range(P)]
         logits, held = cache.prefill(model, prompts, torch.arange(B) * P // B, S + T)
         uniform = torch.empty(B, dtype=torch.float64, device="meta")
@@ -197,49 +190,48 @@ class Plan:
         self.code.last_hidden(model, rows[:max(1, tokens // (S + T))],
                               [n for n in range(N) for _ in range(G)], tokens)
 
-    def rows(self, N: int, G: int, S: int, T: int) -> list:
-        said = lambda i: self.code.Completion([i] * T, [0.0] * T, True)
-        return [self.code.Row([n] * S, said(n * G + g), 0.0, [0.0] * T)
-                for n in range(N) for g in range(G)]
+    def batch(self, N: int, G: int, S: int, T: int, tokens: int) -> list:
+        """The first micro-batch of N prompts of S tokens with G completions of T tokens each."""
+        rows = [self.code.Row([n] * S, self.code.Completion([n * G + g] * T, [0.0] * T, True), 0.0,
+                              [0.0] * T) for n in range(N) for g in range(G)]
+        return next(self.code.micro_batches(rows, tokens))
 
     @torch.no_grad()
-    def referring(self, model, N: int, G: int, S: int, T: int, tokens: int):
-        batch = next(self.code.micro_batches(self.rows(N, G, S, T), tokens))
-        self.code.token_log_probs(model, batch, 0.9)
+    def referring(self, model, *sizes):
+        self.code.token_log_probs(model, self.batch(*sizes), 0.9)
 
-    def updating(self, model, N: int, G: int, S: int, T: int, tokens: int, checkpointing: bool):
+    def updating(self, model, N: int, G: int, *sizes, checkpointing: bool):
         """Forward and backward pass of a micro-batch, beside the gradients of earlier ones."""
         model.checkpointing = checkpointing
-        batch = next(self.code.micro_batches(self.rows(N, G, S, T), tokens))
-        self.code.batch_loss(model, batch, self.settings, N * G)[0].backward()
+        self.code.batch_loss(model, self.batch(N, G, *sizes), self.settings, N * G)[0].backward()
 
     # ------------------------------------------------------------ memory
 
+    def static(self, s, role: str, learning: bool) -> dict[str, float]:
+        """Bytes by part of weights, gradients and AdamW's state while the model `role` works."""
+        count, width = parameters(self.models["policy"]), self.machine.width
+        parts = {name: parameters(c) * width for name, c in self.models.items()}
+        if s.offload:
+            parts = {role: parts[role]}
+        else:                                # an fp32 policy has no separate masters
+            parts |= ({"masters": 4 * count} if width < 4 else {}) | {"moments": 8 * count}
+        return parts | ({"gradients": 4 * count} if learning else {})
+
     def phases(self, s) -> dict[str, dict]:
         """Bytes by phase and part: {"solve": {"policy": ..., "cache": ..., "activations": ...}}."""
-        N, G, width, text, models = s.queries, s.answers, self.machine.width, self.text, self.models
-        asked, count = TURN + s.query_tokens, parameters(models["policy"])
-        frozen = {role: parameters(c) * width for role, c in models.items() if role != "policy"}
-        policy = {"policy": count * width}
-        # An fp32 policy is its own master.
-        state = ({"masters": 4 * count} if width < 4 else {}) | {"moments": 8 * count}
-        judge = "judge" if "judge" in models else "reference"
-        found = {}
+        N, G, text, found = s.queries, s.answers, self.text, {}
+        asked, after = TURN + s.query_tokens, s.answer_tokens + TURN // 2
+        judge = "judge" if "judge" in self.models else "reference"
 
-        def phase(name: str, role: str, *works: tuple, held=0):
-            gradients = {"gradients": 4 * count} if name == "update" else {}
-            if not s.offload:
-                resident = policy | frozen | state | gradients
-            else:
-                resident = {role: frozen[role]} if role in frozen else policy | gradients
-            most = max(self.peak(role, work, *sizes) for work, *sizes in works)
-            work = {"cache": held} if held else {}
-            found[name] = resident | work | {"activations": most - held}
+        def phase(name: str, role: str, work, *shapes, held=0, **options):
+            most = max(self.peak(role, work, *sizes, **options) for sizes in shapes)
+            found[name] = self.static(s, role, name == "update") | (
+                {"cache": held} if held else {}) | {"activations": most - held}
 
         def sampling(name: str, role: str, rows: int, each: int, S: int, T: int, common=0):
             B = min(rows, max(1, s.batch_tokens // (S + T)))
-            held = B * (S + T) * token_cache(models[role], width)
-            phase(name, role, (self.sampling, B, -(-B // each), S, common, T), held=held)
+            held = B * (S + T) * token_cache(self.models[role], self.machine.width)
+            phase(name, role, self.sampling, (B, -(-B // each), S, common, T), held=held)
 
         if text["challenger"]:
             sampling("challenge", "policy", N, N, text["challenger"], s.query_tokens)
@@ -247,23 +239,22 @@ class Plan:
         if s.eval_prompts:               # as many as there are: as many as the sampler takes
             sampling("eval", "policy", 10**9, 1, asked, s.answer_tokens)
         tokens, pair = min(16384, s.batch_tokens), text["judge"] + text["shown"]
-        after = s.answer_tokens + TURN // 2              # with what the template puts behind it
-        if "reward model" in models:
-            phase("reward", "reward model", (self.scoring, N, G, asked, after, tokens))
+        if "reward model" in self.models:
+            phase("reward", "reward model", self.scoring, (N, G, asked, after, tokens))
         if s.reading == "expected":
-            phase("judge", judge, (self.scoring, N, G, pair, after, tokens))
+            phase("judge", judge, self.scoring, (N, G, pair, after, tokens))
         elif s.reading:
             sampling("judge", judge, N * G, 1, pair + s.answer_tokens, s.judge_tokens,
                      common=text["rubric"])
-        rows = [(N, G, asked, s.answer_tokens)]
+        rows = [(N, G, asked, s.answer_tokens, s.micro_batch_tokens)]
         if text["challenger"]:
-            rows.append((1, N, text["challenger"], s.query_tokens))
-        size = s.micro_batch_tokens
+            rows.append((1, N, text["challenger"], s.query_tokens, s.micro_batch_tokens))
         if s.beta:
-            phase("reference", "reference", *((self.referring, *row, size) for row in rows))
-        phase("update", "policy", *((self.updating, *row, size, s.checkpointing) for row in rows))
+            phase("reference", "reference", self.referring, *rows)
+        phase("update", "policy", self.updating, *rows, checkpointing=s.checkpointing)
         if s.offload:                    # MasterAdamW streams two blocks of three tensors
-            block = 24 * min(BLOCK, models["policy"].vocab_size * models["policy"].hidden_size)
+            block = 24 * min(BLOCK, self.models["policy"].vocab_size
+                             * self.models["policy"].hidden_size)
             found["update"]["activations"] = max(found["update"]["activations"], block)
         return found
 
@@ -279,25 +270,19 @@ class Plan:
 
     # ------------------------------------------------------------ what fits
 
-    def exact(self, s) -> int:
-        """Bytes of weights, gradients and AdamW's state on the GPU at most: nothing is executed."""
-        count, width = parameters(self.models["policy"]), self.machine.width
-        frozen = [parameters(c) * width for role, c in self.models.items() if role != "policy"]
-        working = count * (width + 4)                            # the policy and its gradients
-        if s.offload:
-            return max(working, *frozen, 0)
-        return working + sum(frozen) + count * (8 + 4 * (width < 4))
-
-    def missing(self, s, names=None) -> float:
-        """Bytes by which these phases (default: all) exceed the memory, the spare included."""
-        phases = self.phases(s)
-        return max(sum(phases[name].values()) + self.spare(phases[name]) - self.machine.memory
-                   for name in phases if names is None or name in names)
-
     def spare(self, parts: dict) -> float:
         """Bytes that must stay free beside a phase's tensors."""
         work = sum(size for part, size in parts.items() if part not in STATIC)
         return SPARE_MEMORY * self.machine.memory + SPARE_WORK * work
+
+    def missing(self, s, names=None) -> float:
+        """Bytes by which these phases (default: all) exceed the memory, the spare included."""
+        return max(sum(parts.values()) + self.spare(parts) - self.machine.memory
+                   for name, parts in self.phases(s).items() if names is None or name in names)
+
+    def exact(self, s) -> int:
+        """Bytes of weights, gradients and AdamW's state in the update: nothing is executed."""
+        return sum(self.static(s, "policy", True).values())
 
     def largest(self, s, fixed=()):
         """Settings with the largest sizes that fit; those that are fixed stay, and so do all where
@@ -316,12 +301,11 @@ class Plan:
         in `fixed`. On a CPU the defaults stay. InputError where the weights alone do not fit."""
         if self.machine.device != "cuda":
             return s
-        s = self.largest(s, fixed)
         if self.exact(s) > self.machine.memory and not s.dry_run:
             raise InputError(f"{self.machine.memory / 1e9:.1f} GB ({self.machine.source}), and "
                              "weights, gradients and moments alone take "
                              f"{self.exact(s) / 1e9:.1f}: {self.advice(s)}")
-        return s
+        return self.largest(s, fixed)
 
     def advice(self, s) -> str:
         """"fits", or by how much it does not, with the first flags that make it fit."""
@@ -329,8 +313,8 @@ class Plan:
         if short <= 0:
             return "fits"
         said = f"does not fit, {short / 1e9:.1f} GB short"
-        for change in ({}, {"checkpointing": True}, {"offload": True},
-                       {"offload": True, "checkpointing": True}):
+        offload = [{"offload": True}, {"offload": True, "checkpointing": True}]
+        for change in [{}, {"checkpointing": True}, *offload * (self.machine.device == "cuda")]:
             tried = self.largest(replace(s, **change))
             sizes = ("batch_tokens", "micro_batch_tokens")       # they need not grow
             tried = replace(tried, **{k: min(getattr(tried, k), getattr(s, k)) for k in sizes})
@@ -338,48 +322,46 @@ class Plan:
                 flags = [f"--{key.replace('_', '-')}" + f" {value}" * (value is not True)
                          for key, value in vars(tried).items() if value != getattr(s, key)]
                 return f"{said}: {' '.join(flags)} would make it fit"
-        return f"{said}, and with --checkpointing --offload {self.missing(tried) / 1e9:.1f}"
+        flags = " ".join(f"--{key}" for key in sorted(change))
+        return f"{said}, and with {flags} {self.missing(tried) / 1e9:.1f}"
 
     # ------------------------------------------------------------ in words
-
-    def checkpoint_bytes(self) -> int:
-        """Weights as they are stored, moments, and masters where the weights are rounded ones."""
-        c = self.models["policy"]
-        stored = getattr(torch, c.dtype).itemsize
-        masters = 4 * (min(stored, self.machine.width) < 4)
-        return parameters(c) * (stored + 8 + masters) + 2**20
 
     def table(self, s) -> str:
         """Phases as columns, parts as rows; the last column is host memory."""
         columns = {name: parts | {"to stay free": self.spare(parts)}
                    for name, parts in self.phases(s).items()}
         columns |= {"host": self.host(s)} if self.host(s) else {}
-        unit, name = (1e9, "GB") if self.machine.memory > 1e9 else (1e6, "MB")
-        names = [*dict.fromkeys(part for parts in columns.values() for part in parts), "sum"]
+        for parts in columns.values():
+            parts["sum"] = sum(parts.values())
+        name, unit = in_unit(parts["sum"] for parts in columns.values())
+        names = dict.fromkeys(part for parts in columns.values() for part in parts if part != "sum")
         rows = [f"{name:18}" + "".join(f"{column:>10}" for column in columns)]
-        for part in names:
-            sizes = [sum(parts.values()) if part == "sum" else parts.get(part, 0)
-                     for parts in columns.values()]
-            rows.append(f"{part:18}" + "".join(f"{size / unit:10.2f}" for size in sizes))
+        for part in [*names, "sum"]:
+            sizes = "".join(f"{parts.get(part, 0) / unit:10.2f}" for parts in columns.values())
+            rows.append(f"{part:18}{sizes}")
         return "\n".join(rows)
 
     def opening(self, s) -> str:
         """The table in one line, for the start of a run."""
         peaks = {name: sum(parts.values()) for name, parts in self.phases(s).items()}
-        name, unit = ("GB", 1e9) if max(peaks.values()) > 1e9 else ("MB", 1e6)
+        name, unit = in_unit(peaks.values())
         sizes = "  ".join(f"{phase} {size / unit:.2f}" for phase, size in peaks.items())
         return (f"peaks, {name}     {sizes}  of {self.machine.memory / 1e9:.1f} GB "
                 f"({self.machine.source}): {self.advice(s)}")
 
     def dry_run(self, s) -> int:
         """Print what the run would need; the exit code, 0 where it fits and 3 where it does not."""
-        m, verdict, checkpoint = self.machine, self.advice(s), self.checkpoint_bytes() / 1e9
+        m, verdict, c = self.machine, self.advice(s), self.models["policy"]
         roles = ", ".join(f"{role} {parameters(c) / 1e9:.2f}" for role, c in self.models.items())
         switches = "  --checkpointing" * s.checkpointing + "  --offload" * s.offload
         print(f"{s.model}, {s.algo}, {s.queries} queries x {s.answers} answers, "
               f"{'bf16' if m.width == 2 else 'fp32'}; 1e9 parameters: {roles}\n"
               f"--batch-tokens {s.batch_tokens}  --micro-batch-tokens {s.micro_batch_tokens}"
               f"{switches}\n\n{self.table(s)}\n\n{m.memory / 1e9:.1f} GB ({m.source}): {verdict}")
+        # Weights as they are stored, moments, and masters where the weights are rounded.
+        stored = getattr(torch, c.dtype).itemsize
+        checkpoint = parameters(c) * (stored + 8 + 4 * (min(stored, m.width) < 4)) / 1e9
         kept = s.keep + 1 if s.keep else s.steps // s.save_every
         print(f"a checkpoint takes {checkpoint:.1f} GB of disk, the run {kept * checkpoint:.1f} GB")
         return 0 if verdict == "fits" else 3

@@ -68,7 +68,7 @@ class MasterAdamW:
             self.updates += 1
             update = self._stream if self.offload else self._all_at_once
             update(moved, learning_rate)
-        self.discard()
+        self.policy.zero_grad()
         return norm
 
     def _adamw(self, learning_rate: float, masters, grads, exp_avg, exp_avg_sq):
@@ -119,10 +119,6 @@ class MasterAdamW:
         if main:
             main.synchronize()           # the host may read what is now in its memory
             torch.cuda.empty_cache()     # the streams' blocks would stay theirs
-
-    def discard(self):
-        """Forget the gradients that have been added up."""
-        self.policy.zero_grad()
 
     # ------------------------------------------------------------ on disk
 

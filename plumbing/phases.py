@@ -1,7 +1,7 @@
 """What a reader may skip: the phases of a step, and what can end one.
 
-Signals are handled between phases. Out of memory is reported with the name of the phase. Each
-phase has its seconds and its peak of memory.
+Signals are handled between phases. Out of memory is reported with the phase's name. Each phase
+records its seconds and its peak memory.
 """
 import os
 import re
@@ -62,21 +62,18 @@ SWITCHES = {"challenge": "--batch-tokens or --query-tokens",
 
 
 def out_of_memory(error: Exception) -> bool:
-    """CUDA raises torch.OutOfMemoryError; MPS and the CPU a RuntimeError that says so."""
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        word in str(error) for word in words)
+    """Whether memory ran out: PyTorch raises a RuntimeError that says so, Python a MemoryError."""
+    return (isinstance(error, MemoryError) or "out of memory" in str(error)
+            or "can't allocate memory" in str(error))
 
 
 def resident(field: str) -> int | None:
     """Bytes of this process in memory: VmRSS, now, or VmHWM, the most since forget_peak(). None
     where there is no /proc (only Linux has it)."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
+    status = Path("/proc/self/status")
+    if not status.exists():
         return None
-    found = re.search(rf"{field}:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else None
+    return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text())[1]) * 1024
 
 
 def forget_peak():
@@ -84,10 +81,8 @@ def forget_peak():
     kernel; where it does not let us reset them, peaks are those of the whole run so far."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def peak(idle: int | None) -> float | None:

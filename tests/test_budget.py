@@ -20,7 +20,7 @@ import train
 from model import Llama, parse_config, read_config
 from plumbing import budget, cli, files, log, logprobs, phases
 from plumbing.budget import Machine
-from plumbing.files import InputError, pick_device, read_json
+from plumbing.files import InputError, read_json
 from plumbing.settings import resolve
 
 sys.path.append(str(ROOT / "bench"))             # last: its budget.py must not hide the project's
@@ -97,7 +97,6 @@ def test_of_an_offloaded_run_only_the_working_model_is_on_the_gpu():
 def test_without_bf16_the_policy_is_its_own_master():
     s, plan = dry(checkpointing=False)
     plan.machine = Machine("cpu", 4, 1e12, "")
-    plan.built.clear()
     found = plan.phases(s)
     assert "masters" not in found["update"]
     count = budget.parameters(plan.models["policy"])
@@ -230,14 +229,6 @@ def test_a_cpu_keeps_the_defaults_and_a_gpu_that_cannot_hold_the_weights_is_refu
     s, _ = resolve(given | {"gpu_memory": 1e-5})
     with pytest.raises(InputError, match=r"GB \(--gpu-memory 1e-05 less .*, and weights"):
         train.plan_of(s).sized(s, ())
-
-
-def test_a_card_without_bf16_computes_in_fp32(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                            lambda including_emulation, has=has: has)
-        assert pick_device("auto") == (torch.device("cuda"), dtype)
 
 
 # ---------------------------------------------------------------- dry runs

@@ -442,3 +442,14 @@ def test_bad_input_is_named(monkeypatch, capsys, tmp_path, arguments, message):
     with pytest.raises(InputError, match=message):
         winrate(monkeypatch, capsys, *arguments)
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_a_reply_that_trickles_is_cut_off():
+    class Trickle:
+        def read1(self, size):
+            time.sleep(0.05)
+            return b"x"
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match="no whole reply in 0.2 s"):
+        judges.Endpoint("http://localhost", "m", seconds=0.2).whole(Trickle())
+    assert time.monotonic() - begun < 2

@@ -14,7 +14,6 @@ from checkpoints import CONFIGS, random_llama, write_checkpoint
 
 import sample as sampling
 import train
-import train as players
 from bench import measure
 from model import Llama, parse_config
 from plumbing import log, memory
@@ -55,8 +54,7 @@ def play(world, monkeypatch):
     def run(*flags, dtype=torch.float32):
         monkeypatch.chdir(world)
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        for module in (train, players):
-            monkeypatch.setattr(module, "pick_device", lambda name: (CPU, dtype))
+        monkeypatch.setattr(train, "pick_device", lambda name: (CPU, dtype))
         train.main()
     return run
 
@@ -107,7 +105,7 @@ def test_no_model_computes_while_it_rests_and_the_reference_rests_in_the_update(
         assert not ours & {data.data_ptr() for data in stages[0].resting}
         worked.append(model)
         return forward(model, *inputs, **options)
-    monkeypatch.setattr(players, "Stage", Watched)
+    monkeypatch.setattr(train, "Stage", Watched)
     monkeypatch.setattr(Llama, "forward", watched)
     play(*SHORT, *flags, "--out", f"watched-{len(flags)}", "--offload", "--steps", "1",
          "--eval-every", "1", dtype=torch.bfloat16)
