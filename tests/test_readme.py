@@ -240,6 +240,19 @@ def test_what_is_said_about_the_embedded_world_follows_from_the_kept_runs(tiny_s
     assert ".990 malformed queries" in text and "carry accuracy .614, no-carry .634" in text
 
 
+def test_a_majority_strengthens_the_misconception_as_is_said():
+    runs = [ROOT / f"bench/results/tiny/majority-{seed}" for seed in range(1001, 1006)]
+    last = [lines(run / "eval.jsonl")[-1]["accuracy"] for run in runs]
+    R = [[m["reward"] for m in lines(run / "metrics.jsonl")] for run in runs]
+    between = lambda values, form: "-".join(
+        f"{x:{form}}".removeprefix("0") for x in (min(values), max(values)))
+    text = re.sub(r"\s+", " ", BENCH)
+    assert f"from .016 to {between([a['carry'] for a in last], '.3f')} (" in text
+    assert (f"R goes from {between([r[0] for r in R], '.2f')} in the first step to "
+            f"{between([sum(r[-10:]) / 10 for r in R], '.2f')} in the last ten") in text
+    assert f"ends at {between([a['none'] for a in last], '.2f')}." in text
+
+
 def test_speed_and_soak_figures_are_the_stored_ones():
     rows = {}                            # of the AVX-512 machine, all runs of a workload together
     for file in ("sampler", "step"):
