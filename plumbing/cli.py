@@ -5,9 +5,11 @@ memory, too many bad steps in a row); 128 + n stopped by signal n (SIGINT 130, S
 """
 import argparse
 import io
+import re
 import sys
 from contextlib import suppress
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 
 from plumbing.files import InputError
@@ -22,10 +24,18 @@ class RunStopped(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with one line in place of the usage page."""
+    """argparse without abbreviated flags, with one line in place of the usage page, and with the
+    nearest flag for a mistyped one."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str):
-        raise InputError(f"{message} (--help lists the flags)")
+        known = [flag for action in self._actions for flag in action.option_strings]
+        mistyped = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+        near = [match for flag in mistyped for match in get_close_matches(flag, known, 1)]
+        hint = f"did you mean {', '.join(near)}? " * bool(near)
+        raise InputError(f"{message} ({hint}--help lists the flags)")
 
 
 class Output(io.FileIO):

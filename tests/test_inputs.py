@@ -101,6 +101,7 @@ def test_every_number_is_refused_below_and_above_its_range(folder, monkeypatch, 
     # unknown and contradictory
     (["--algo", "ppo"], "--algo"), (["--self-reward", "guess"], "--self-reward"),
     (["--device", "abacus"], "--device"), (["--seed"], "--seed"), (["stray"], "stray"),
+    (["--querys", "3"], "did you mean --queries?"), (["--learning", "1"], "--learning 1 ("),
     (["--steps", "3", "--warmup", "4"], "--warmup 4 is longer"),
     ([*GRPO, "--judge", "m"], "--judge is not used here: it needs a judge"),
     ([*GRPO, "--task", "Sums"], "--task is not used"),
