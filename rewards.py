@@ -30,7 +30,7 @@ from plumbing.cache import shared_forward
 from plumbing.chat import Tokenizer, fill, fit, without_tags
 from plumbing.cli import RunStopped
 from plumbing.data import opening
-from plumbing.files import InputError, read_prompt
+from plumbing.files import InputError, load_function, read_prompt
 from plumbing.latex import math_verify, same_value
 from sample import sample, text_of
 
@@ -420,6 +420,16 @@ def math_answers(queries: list[str], answers: list[str], golds: list[str]) -> Te
 
 # By name; train.py adds the embedded world's.
 CHECKS = {"exact": exact, "math": math_answers, "majority": majority}
+
+
+def open_reward(name: str, path, **how):
+    """The reward of a name: a check, FILE:FUNCTION, else the RewardModel at `path` (how: its
+    arguments)."""
+    if name in CHECKS:
+        return CHECKS[name]
+    return load_function(name) if ":" in name else RewardModel(path, **how)
+
+
 # Which need a gold answer, and what one must be.
 NEED_GOLD = {"exact": ("a number", lambda gold: final_number(gold) is not None),
              "math": ("a text", lambda gold: math_verify() and gold.strip() != "")}

@@ -42,7 +42,6 @@ from plumbing.files import InputError, pick_device
 from plumbing.logprobs import log_probs
 from plumbing.memory import MasterAdamW, Stage, limit_memory, to_host
 from plumbing.phases import Phases, StopRequest
-from plumbing.runs import read_lines
 from plumbing.settings import Settings, model_paths, resolve, run_name
 from plumbing.texts import Texts
 from sample import Completion, pick, sample, text_of
@@ -175,12 +174,10 @@ def update(game: "Game", optimizer: MasterAdamW, r: Round, step: int) -> dict:
         with game.phase("reference", game.reference):
             reference_log_probs(game, solver + challenger)
     with game.phase("update", game.policy):
-        sol = accumulate(game, solver, 1.0, count * s.answers)                           # Eq. 4
-        ch = accumulate(game, challenger, s.alpha_ch, count)                             # Eq. 5
-        sol, ch = ranks.total(sol), ranks.total(ch)
+        sol = ranks.total(accumulate(game, solver, 1.0, count * s.answers))              # Eq. 4
+        ch = ranks.total(accumulate(game, challenger, s.alpha_ch, count))                # Eq. 5
         norm = optimizer.step(rate, s.grad_clip) if count else 0.0
-    faults = [] if math.isfinite(norm) else log.non_finite(r)
-    return log.learnt(s, sol, ch, norm, rate, faults)
+    return log.learnt(s, sol, ch, norm, rate, [] if math.isfinite(norm) else log.non_finite(r))
 
 
 def token_log_probs(model: Llama, rows: list[Row], temperature: float) -> tuple[Tensor, Tensor]:
@@ -290,7 +287,10 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     paths = model_paths(s)
     start, judge_path = paths["policy"], paths.get("judge", paths.get("reference"))
     tokenizer, context = Tokenizer(start), read_config(start).max_position_embeddings
-    game = Game(s, None, tokenizer, world=world_of(s, start))
+    # The embedded world belongs to its model: accuracy and held-out sums stay with any reward.
+    embedded = s.text == tiny_world.STORIES if s.algo == "rlpt" else (
+        "tiny" in (s.reward, files.preset_of(start).get("reward")))
+    game = Game(s, None, tokenizer, world=tiny_world if embedded else None)
     game.sources = {f"the {role}": path for role, path in paths.items()}
     if game.world and device.type == "cpu":
         torch.set_num_threads(1)           # matrices this small: threads would wait for each other
@@ -329,13 +329,17 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
 
     # Models are loaded to where they stay between phases: with --offload, the host.
     home = torch.device("cpu") if s.offload else device
-    load = lambda path, dtype=dtype: load_model(path, device=home, dtype=dtype)
-    game.reward = rewards.CHECKS.get(s.reward)
-    if "reward model" in paths:
-        game.reward = rewards.RewardModel(paths["reward model"], device=home, dtype=dtype,
-                                          batch_tokens=min(16384, s.batch_tokens))
-    elif ":" in s.reward:
-        game.reward = files.load_function(s.reward)
+
+    def load(path, dtype=dtype):
+        model = load_model(path, device=home, dtype=dtype)
+        if model.config.scalar_head:
+            raise InputError(f"{path} is a reward model, which cannot write")
+        return model
+
+    if s.algo != "rlpt":
+        game.reward = rewards.open_reward(s.reward, paths.get("reward model"), device=home,
+                                          dtype=dtype, batch_tokens=min(16384, s.batch_tokens))
+    if ":" in s.reward:
         game.sources["--reward"] = Path(s.reward.rpartition(":")[0])
     if "reference" in paths:
         game.reference = load(paths["reference"])
@@ -344,26 +348,14 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     # In its masters' precision; MasterAdamW makes it bf16.
     game.policy = load(checkpoint or start, torch.float32)
     game.policy.checkpointing = s.checkpointing
-    frozen = {game.reference, game.judge and game.judge.model, getattr(game.reward, "model", None)}
-    for role, model in (("policy", game.policy), ("reference", game.reference),
-                        ("judge", game.judge and game.judge.model)):
-        if model and model.config.scalar_head:
-            raise InputError(f"the {role} is a reward model, which cannot write")
     if s.beta and game.reference.config.vocab_size != game.policy.config.vocab_size:
         raise InputError(f"--reference {s.reference}: another vocabulary than the policy's")
     if s.offload:
         game.phase.stage = Stage(device, dtype)
-        for model in frozen - {None}:
+        for model in {game.reference, game.judge and game.judge.model,
+                      getattr(game.reward, "model", None)} - {None}:
             to_host(model)                        # the policy: MasterAdamW
     return game
-
-
-def world_of(s: Settings, start: Path) -> ModuleType | None:
-    """The embedded world, if the model belongs to it (its training.json) or the settings ask for
-    it: accuracy and held-out queries stay with another reward."""
-    if s.algo == "rlpt":
-        return tiny_world if s.text == tiny_world.STORIES else None
-    return tiny_world if "tiny" in (s.reward, files.preset_of(start).get("reward")) else None
 
 
 # What the memory budget executes on meta tensors (plumbing/budget.py).
@@ -383,7 +375,7 @@ def plan_of(s: Settings) -> Plan:
 def train(s: Settings, preset: dict, given=()):
     """Begin a run, or go on with one, and play until the last step, a signal or a fault."""
     plan = plan_of(s)
-    s = s if s.resume else plan.sized(s, given)
+    s = s if s.resume else plan.sized(s, fixed={*preset, *given})
     if s.dry_run:
         sys.exit(plan.dry_run(s))
 
@@ -396,8 +388,7 @@ def train(s: Settings, preset: dict, given=()):
         return
     game.policy.carried["training.json"] = json.dumps(preset, indent=2).encode()
     optimizer = MasterAdamW(game.policy, dtype, weight_decay=s.weight_decay, offload=s.offload)
-    need = optimizer.bytes_on_disk()
-    run = run or ranks.first(lambda: runs.new_run(s, run_name(s), need))
+    run = run or ranks.first(lambda: runs.new_run(s, run_name(s), optimizer.bytes_on_disk()))
     with run, StopRequest() as game.phase.stop:
         ranks.first(lambda: run.begin(asdict(s), game.sources))
         print(log.settings_lines(s))
@@ -416,7 +407,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, plan
     budget_gb = {phase: sum(parts.values()) / 1e9 for phase, parts in plan.phases(s).items()}
     saved = step if run.checkpoint else None
     game.recent = log.recent_queries(run.folder / "samples.jsonl")
-    evaluated = {record["step"] for record in read_lines(run.folder / "eval.jsonl")}
+    evaluated = {record["step"] for record in runs.read_lines(run.folder / "eval.jsonl")}
 
     def save():
         nonlocal saved
@@ -459,15 +450,14 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, plan
             raise reason from None
         save()
         raise cli.RunStopped(f"{reason}; {run.how_to_go_on()}", reason.code) from None
-    print(log.closing_lines(run.folder, read_lines(run.folder / "eval.jsonl")))
+    print(log.closing_lines(run.folder, runs.read_lines(run.folder / "eval.jsonl")))
 
 
 def main():
     parser = cli.Parser(description="Language Self-Play, LSP-Zero, GRPO and RLPT on one Llama.")
     cli.add_flags(parser, Settings)
     given = vars(parser.parse_args())
-    s, preset = resolve(given)
-    train(s, preset, preset | given)
+    train(*resolve(given), given)
 
 
 if __name__ == "__main__":

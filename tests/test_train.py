@@ -442,5 +442,5 @@ def test_a_bad_preset_names_the_file_and_the_setting(tmp_path, preset):
 def test_a_reward_model_is_refused_as_a_player(world):
     s, _ = resolve({"model": str(world / "m"), "reward": str(world / "rm"),
                     "judge": str(world / "rm"), "device": "cpu"})
-    with pytest.raises(InputError, match="the judge is a reward model"):
+    with pytest.raises(InputError, match="rm is a reward model, which cannot write"):
         train.set_up(s)
