@@ -195,8 +195,8 @@ def load_function(spec: str):
     module = ModuleType(loader.name)
     try:
         loader.exec_module(module)
-    except (OSError, SyntaxError, ImportError) as error:
-        raise InputError(f"{path}: {error}") from None
+    except Exception as error:                           # whatever the file itself does wrong
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from None
     if not callable(getattr(module, name, None)):
         raise InputError(f"{path}: no function {name} in it")
     return getattr(module, name)

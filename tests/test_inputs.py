@@ -408,7 +408,9 @@ def test_a_reward_can_be_a_function_of_a_file(tmp_path, monkeypatch, capsys):
     r = train.play(game, 0)
     assert r.R.tolist() == [[float(len(a) < 3) for a in group] for group in r.answers]
     assert game.world is not None and game.sources["--reward"] == tmp_path / "mine.py"
+    (tmp_path / "wrong.py").write_text("def short(): pass\nundefined\n")
     for spec, why in (("none.py:short", "No such file"), ("mine.py:long", "no function long"),
+                      ("wrong.py:short", "wrong.py: NameError: name 'undefined'"),
                       (":short", "not a regular file")):
         with pytest.raises(InputError, match=why):
             train.set_up(resolve({"reward": spec})[0])
