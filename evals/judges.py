@@ -116,6 +116,10 @@ def report(records: list[dict]):
     if unparsed:
         print(f"{len(unparsed)} replies could not be parsed, for example "
               f"{(unparsed[0] or '')[-100:]!r}; the same command asks again")
+    refused = [r["refused"] for r in latest if "refused" in r]
+    if refused:
+        print(f"{len(refused)} questions were not answered, for example {refused[0]!r}; the same "
+              "command asks again")
     masses = [r["mass"] for r in latest if "mass" in r]
     if masses and sum(masses) < len(masses) / 2:
         print(f"the judge wanted to say something else than 1 or 2: together they had a "
@@ -179,12 +183,23 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict],
 
 # ---------------------------------------------------------------- a judge behind HTTP
 
+class Refused(Exception):
+    """The server does not accept this question (too long, mostly)."""
+
+
 class Endpoint:
     """Chat completions of an OpenAI-compatible server. fields: further ones of a request, where
     None leaves one out; seconds: how long a whole reply may take."""
 
     def __init__(self, url: str, model: str, *, max_tokens: int = 1024, seconds: float = 120,
                  fields: dict | None = None):
+        self.key = os.environ.get(KEY, "").strip()
+        # A key in the URL would be printed, and one with a line break be shown by the error.
+        if not re.fullmatch(r"https?://(\[[\w:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", url, re.A):
+            raise InputError("--judge: a plain URL as http://localhost:8000/v1 is needed; the key "
+                             f"comes from the environment variable {KEY} alone")
+        if not re.fullmatch(r"[!-~]*", self.key):
+            raise InputError(f"{KEY} holds characters that no key has")
         suffix = "/chat/completions"
         self.url = url.rstrip("/").removesuffix(suffix) + suffix
         self.seconds, self.stop = seconds, threading.Event()         # set: nobody waits any more
@@ -192,28 +207,28 @@ class Endpoint:
         self.body = {key: value for key, value in body.items() if value is not None}
 
     def ask(self, text: str) -> str | None:
-        """The reply to a message; None where the server sent none (filtered), and the server's
-        words where it does not accept this message (too long, mostly).
+        """The reply to a message; None where the server sent none (filtered).
 
-        InputError where no question can work (wrong key or address), and after TRIES tries.
+        Refused for this message alone; InputError where no question can work (wrong key or
+        address), and after TRIES tries. No text that is returned or raised holds the key.
         """
         body = self.body | {"messages": [{"role": "user", "content": text}]}
         headers = {"Content-Type": "application/json"}
         for attempt in range(TRIES):
             try:
                 request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-                if key := os.environ.get(KEY, "").strip():
-                    request.add_unredirected_header("Authorization", f"Bearer {key}")
+                if self.key:
+                    request.add_unredirected_header("Authorization", f"Bearer {self.key}")
                 with urllib.request.urlopen(request, timeout=self.seconds) as response:
-                    return content_of(self.whole(response))
+                    return self.hidden(content_of(self.whole(response)))
             except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code} {error.read(200).decode(errors='replace')}"
+                reason = self.hidden(f"HTTP {error.code} {self.said(error)}")
                 if error.code in UNFIT:
-                    return reason
+                    raise Refused(reason) from None
                 if error.code < 500 and error.code not in RETRIED:
                     break
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}"
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+                reason = self.hidden(f"{type(error).__name__}: {error}")
             if attempt == TRIES - 1 or self.stop.wait(BACKOFF * 2 ** attempt):
                 break
         self.stop.set()
@@ -225,9 +240,20 @@ class Endpoint:
         deadline, text = time.monotonic() + self.seconds, b""
         while piece := response.read1(2 ** 16):
             text += piece
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or len(text) > 2 ** 22:
                 raise TimeoutError(f"no whole reply in {self.seconds:g} s")
         return text
+
+    def said(self, error: urllib.error.HTTPError) -> str:
+        """The beginning of an error's body."""
+        try:
+            return self.whole(error)[:2000].decode(errors="replace")[:200]
+        except (OSError, http.client.HTTPException):
+            return ""
+
+    def hidden(self, text: str | None) -> str | None:
+        """A server's words without our key; one of few letters is a local server's stand-in."""
+        return text.replace(self.key, "[key]") if text and len(self.key) >= 8 else text
 
 
 def content_of(reply: bytes) -> str | None:
@@ -271,9 +297,12 @@ def by_endpoint(endpoint: Endpoint, prompt: str, pairs: list[dict], done: list[d
         if pair["a"] == pair["b"]:                                  # nothing to ask
             preference = 1.5
         else:
-            record["reply"] = endpoint.ask(asked(prompt, pair, a_first))
+            try:
+                record["reply"] = endpoint.ask(asked(prompt, pair, a_first))
+            except Refused as error:
+                record["refused"] = str(error)
             ours = {"1": 2, "2": 1, "tie": 1.5} if a_first else {"1": 1, "2": 2, "tie": 1.5}
-            preference = ours.get(parse_preference(record["reply"]))
+            preference = ours.get(parse_preference(record.get("reply")))
         with lock:
             write(verdict(pair, preference, **record))
 

@@ -3,6 +3,7 @@ import json
 import sys
 import threading
 import time
+import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -214,7 +215,7 @@ def test_a_huge_reply_is_read_in_linear_time():
 
 @pytest.mark.parametrize("bad", [
     (500, {}, b"oops", 0), (200, {}, b"<html>", 0), (200, {}, b'{"choices": []}', 0),
-    (200, {}, b'{"choices": [{"message": {"content": 7}}]}', 0),
+    (200, {}, b'{"choices": [{"message": {"content": 7}}]}', 0), (200, {}, b"[" * 99999, 0),
     (200, {"Content-Length": "999"}, b'{"cho', 0), (503, {}, b"\xff\xfe", 0), (408, {}, b"", 0),
     (200, {}, completion("too late"), 0.5), (200, {}, b"null", 0)])
 def test_failing_malformed_and_slow_replies_are_tried_again(serve, bad):
@@ -277,7 +278,7 @@ def test_one_question_that_is_refused_is_left_open_and_does_not_stop_the_others(
     command = (*write_outputs(tmp_path), "--judge", server.url, "--judge-model", "m")
     figures = winrate(monkeypatch, capsys, *command)
     assert figures["n"] == 5 and figures["failed"] == 1 and len(server.requests) == 12
-    assert "2 replies could not be parsed, for example 'HTTP 400 too long'" in figures["said"]
+    assert "2 questions were not answered, for example 'HTTP 400 too long'" in figures["said"]
     unfit = False
     assert winrate(monkeypatch, capsys, *command)["n"] == 6 and len(server.requests) == 14
 
@@ -347,14 +348,42 @@ def test_a_redirect_does_not_take_the_key_along(serve, status):
     assert all(KEY not in str(request) for request in other.requests)
 
 
-def test_a_wrong_key_ends_the_command_at_once_and_no_file_holds_it(
-        serve, monkeypatch, capsys, tmp_path):
-    server = serve(lambda q, number: (401, {}, b"wrong key", 0))
-    with pytest.raises(InputError, match="HTTP 401 wrong key"):
-        winrate(monkeypatch, capsys, *write_outputs(tmp_path), "--judge", server.url,
-                "--judge-model", "m")
-    assert len(server.requests) <= 4                                       # no retries
-    assert KEY not in "".join(file.read_text() for file in tmp_path.iterdir())
+def test_the_key_is_neither_shown_nor_stored(serve, monkeypatch, capsys, tmp_path):
+    echo = f"wrong key {KEY}".encode()
+    outputs = write_outputs(tmp_path)
+    for status, body in ((401, echo), (400, echo), (200, completion(f"{KEY}\nBetter: 1"))):
+        server = serve(lambda q, number, status=status, body=body: (status, {}, body, 0))
+        try:
+            said = winrate(monkeypatch, capsys, *outputs, "--judge", server.url, "--judge-model",
+                           f"m{status}")["said"]
+            assert status in (200, 400)
+        except InputError as error:
+            said = str(error)
+            assert status == 401 and len(server.requests) <= 4              # at once, no retries
+        assert status == 200 or "wrong key [key]" in said
+        assert KEY not in said + "".join(capsys.readouterr())
+    files = list(tmp_path.iterdir())
+    assert len(files) == 5 and all(KEY not in file.read_text() for file in files)
+    monkeypatch.setenv(judges.KEY, KEY + "\nX-Other: 1")
+    with pytest.raises(InputError) as refused:
+        judges.Endpoint("http://127.0.0.1:9/v1", "m")
+    assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", [
+    "http://user:secret@host/v1", "https://host/v1?key=secret", "http://host:secret/v1", "http://",
+    "https://host/v1#secret", "http://[secret/v1", "https://secret key/v1"])
+def test_a_key_in_the_url_is_refused_without_repeating_it(url):
+    with pytest.raises(InputError) as refused:
+        judges.Endpoint(url, "m")
+    assert "secret" not in str(refused.value) and judges.KEY in str(refused.value)
+
+
+def test_a_stand_in_for_a_key_spoils_no_reply(serve, monkeypatch):
+    monkeypatch.setenv(judges.KEY, "e")
+    server = serve(lambda q, number: (200, {}, completion("Better: 1"), 0))
+    assert judges.Endpoint(server.url, "m").ask("x") == "Better: 1"
+    assert server.requests[0][1]["Authorization"] == "Bearer e"
 
 
 def test_without_a_key_none_is_sent(serve, monkeypatch):
@@ -453,3 +482,18 @@ def test_a_reply_that_trickles_is_cut_off():
     with pytest.raises(TimeoutError, match="no whole reply in 0.2 s"):
         judges.Endpoint("http://localhost", "m", seconds=0.2).whole(Trickle())
     assert time.monotonic() - begun < 2
+
+
+def test_an_error_that_trickles_is_cut_off_too(monkeypatch):
+    class Trickle(urllib.error.HTTPError):
+        def __init__(self):
+            super().__init__("u", 500, "m", {}, None)
+
+        def read1(self, size):
+            time.sleep(0.05)
+            return b"x"
+
+        def read(self, size=None):
+            time.sleep(1)
+            return b"all of it"
+    assert judges.Endpoint("http://localhost:1/v1", "m", seconds=0.2).said(Trickle()) == ""
