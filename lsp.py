@@ -45,22 +45,23 @@ def challenger_advantages(R: Tensor, R_Q: Tensor | None = None, kind: str = "lsp
     if R.dim() != 2 or R.shape[0] < 2:
         raise ValueError(f"rewards must be (N, G) with N >= 2, found {tuple(R.shape)}")
     V = R.mean(dim=1)                                          # (N,)   Eq. 2: V[n] = mean_g R[n, g]
-    if kind != "lsp":
-        V = -scale * challenger_reward(R / scale, kind)                # (N,)
-    reward = -V if R_Q is None else R_Q.mean(dim=1) - V                # (N,)   S[n] = V_Q[n] - V[n]
+    reward = -V if kind == "lsp" else scale * challenger_reward(R / (scale or 1), kind)      # (N,)
+    if R_Q is not None:
+        reward = R_Q.mean(dim=1) + reward                              # (N,)   S[n] = V_Q[n] - V[n]
     return reward - reward.mean()                                  # Eq. 3: A_ch[n] = mean(V) - V[n]
 
 
 def challenger_reward(R: Tensor, kind: str) -> Tensor:
-    """What a query is worth in other papers: (N, G) rewards in 0..1 in, (N,) in 0..1 out.
+    """The reward of a query in other papers: (N, G) rewards in 0..1 in, (N,) in 0..1 out.
 
-    With p the mean of a query's rewards, its solve rate where they are 0 or 1:
-      r-zero         1 - 2 |p - 1/2|                  arXiv 2508.05004; without its penalty for
-                                                      repetition, and p is the share of right
-                                                      answers, not of those that agree
-      spice          exp(-(Var R - 1/4)^2 / 0.02)     arXiv 2510.24684: largest where the variance
-                                                      is that of a fair coin
-      absolute-zero  1 - p, but 0 where p is 0        arXiv 2505.03335
+    p is the mean of a query's rewards: its solve rate where these are 0 or 1.
+      r-zero         1 - 2 |p - 1/2|                  arXiv 2508.05004. Adapted: no penalty for
+                                                      repetition, and p is the fraction of right
+                                                      answers, not of those that agree.
+      spice          exp(-(Var R - 1/4)^2 / 0.02)     arXiv 2510.24684. It is largest where the
+                                                      variance is that of a fair coin.
+      absolute-zero  1 - p, but 0 where p is 0        arXiv 2505.03335.
+    test_other_challenger_rewards_equal_hand_worked_numbers.
     """
     p = R.mean(dim=1)                                                        # (N,)
     if kind == "r-zero":

@@ -122,7 +122,7 @@ def score(reward, queries: list[str], answers: list[str], golds: list, stopped: 
     A reward that is a model is asked as it is.
     """
     if reward is majority:
-        answers = [answer * whole for answer, whole in zip(answers, stopped.tolist())]
+        answers = [answer if whole else "" for answer, whole in zip(answers, stopped.tolist())]
     R = as_rewards(reward(queries, answers, golds), len(queries))
     cut = (~stopped).nonzero()[:, 0].tolist()
     if cut and not hasattr(reward, "model"):

@@ -133,7 +133,7 @@ def play(game: "Game", step: int) -> Round:
     r.learn = torch.tensor([not (game.world and game.world.is_held_out(q)) for q in r.queries])
     R, R_Q = s.reward_scale * r.R[r.learn], None if r.R_Q is None else r.R_Q[r.learn]
     r.A_sol = torch.zeros_like(r.R)                                                      # (N, G)
-    r.A_sol[r.learn] = lsp.solver_advantages(R, R_Q)                                      # Eq. 3
+    r.A_sol[r.learn] = lsp.solver_advantages(R, R_Q)                                     # Eq. 3
     if r.query_rows:
         r.A_ch = torch.zeros(len(r.queries))                                             # (N,)
         if len(R) > 1:

@@ -120,7 +120,7 @@ class Settings:
     overwrite: bool = setting(False, "delete the run that --out holds, and begin anew")
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     watch: bool = setting(False, "play one round, print it as a transcript, update nothing")
-    dry_run: bool = setting(False, "tell what the run needs of memory, time and disk, from "
+    dry_run: bool = setting(False, "print what the run needs of memory and disk, from "
                             "config.json files alone; exit code 3 where it does not fit")
 
     @property

@@ -88,7 +88,7 @@ def test_mcnemar_is_the_exact_binomial_over_the_items_that_changed():
     assert results.mcnemar(*tie) == 1
 
 
-def test_the_paired_interval_is_the_normal_one_on_many_items_and_heeds_the_pairs():
+def test_the_paired_interval_is_the_normal_one_on_many_items_and_uses_the_pairs():
     draw = random.Random(0)
     base = [draw.random() for _ in range(400)]
     run = [min(1.0, x + 0.1 * draw.random()) for x in base]

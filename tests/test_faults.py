@@ -312,7 +312,7 @@ def test_numbers_that_are_not_finite_become_nan():
     assert R.dtype == torch.float32 and R[0] == 1 and R[1:].isnan().all()
 
 
-def test_a_judge_whose_logits_are_nan_is_unread_and_counted(play, world, monkeypatch):
+def test_a_judge_whose_logits_are_nan_is_unparsed_and_counted(play, world, monkeypatch):
     write_checkpoint(world / "broken", "llama3_tied", max_position_embeddings=8192)
     load = players.load_model
 

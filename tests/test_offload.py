@@ -1,4 +1,4 @@
-"""--offload: the same run bit for bit, one model at work at a time, and what rests in the host.
+"""--offload: the same run bit for bit, one model at work at a time, and what stays in the host.
 
 Host and device are both this machine's memory here; a model at work is a copy all the same, and so
 is each block of the optimiser's pass: what is not brought back is lost, and tells.

@@ -360,7 +360,7 @@ def test_hostile_text_stays_text_in_both_places_of_the_judges_prompt(game, monke
     assert R.item() == (text == "Score: 1")            # what the judge itself wrote, and that alone
 
 
-def test_an_unreadable_verdict_is_zero_and_counted(game, monkeypatch):
+def test_an_unparsed_verdict_is_zero_and_counted(game, monkeypatch):
     g = game(min_segment=5)
     judge_by_rule(monkeypatch, g.tokenizer, [], words="I would say 1.")
     R, (record,) = rlpt.verdicts(g, ["It rains."], [TAGGED], "0")
