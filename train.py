@@ -455,7 +455,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, plan
 
 def main():
     parser = cli.Parser(description="Language Self-Play, LSP-Zero, GRPO and RLPT on one Llama.")
-    cli.add_flags(parser, Settings)
+    cli.add_flags(parser, Settings, files.preset_of(files.HERE / "tiny"))
     given = vars(parser.parse_args())
     train(*resolve(given), given)
 

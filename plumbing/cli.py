@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 bad input, nothing touched; 3 the run stopped itself (disk
 memory, too many bad steps in a row); 128 + n stopped by signal n (SIGINT 130, SIGTERM 143).
 """
 import argparse
+import inspect
 import io
 import re
 import sys
@@ -65,12 +66,36 @@ def run_script(main):
         sys.exit(130)
 
 
-def add_flags(parser: Parser, settings_class):
-    """A flag for each field of a dataclass of settings; only those given reach the namespace."""
-    for f in fields(settings_class):
-        kinds = getattr(f.type, "__args__", (f.type,))             # str | None -> (str, NoneType)
-        default = "" if f.default in (None, False) else f" (default {f.default})"
-        how = {"action": argparse.BooleanOptionalAction} if bool in kinds else {
-            "type": kinds[0], "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=(f.metadata["help"] + default).replace("%", "%%"), **how)
+def help_texts(settings_class) -> dict[str, dict[str, str]]:
+    """The help of each setting by group, from the docstring of the dataclass:
+    "GROUP:", below it lines of "    NAME  TEXT", and deeper ones that go on with the text."""
+    groups = {}
+    for line in inspect.getdoc(settings_class).splitlines():
+        if re.fullmatch(r"\w+:", line):
+            texts = groups[line.removesuffix(":")] = {}
+        elif found := re.fullmatch(r"    (\w+) +(.+)", line):
+            name, texts[found[1]] = found.groups()
+        elif line.startswith("     "):
+            texts[name] += " " + line.strip()
+    return groups
+
+
+def add_flags(parser: Parser, settings_class, preset: dict):
+    """A flag for each field of a dataclass of settings; only those given reach the namespace.
+    preset: what the embedded model sets, for the help."""
+    parser.usage = "%(prog)s [FLAG ...]"
+    known = {f.name: f for f in fields(settings_class)}
+    for title, texts in help_texts(settings_class).items():
+        group = parser.add_argument_group(title)
+        for name, text in texts.items():
+            default, choices = known[name].default, known[name].metadata["choices"]
+            kinds = getattr(known[name].type, "__args__", (known[name].type,))   # str | None
+            said = [] if default in (None, False) else [f"default {default}"]
+            if preset.get(name, default) != default:
+                said.append(f"embedded model: {preset[name]}")
+            text += f" ({'; '.join(said)})" * bool(said)
+            how = {"action": argparse.BooleanOptionalAction} if bool in kinds else {
+                "type": kinds[0], "choices": choices,
+                "metavar": None if choices else kinds[0].__name__.upper()}
+            group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                               help=text.replace("%", "%%"), **how)

@@ -34,7 +34,7 @@ def mended(monkeypatch):
 def one_round(fault):
     """The first round of the embedded game with a fault, its update and the policy afterwards."""
     parser = cli.Parser()
-    cli.add_flags(parser, Settings)
+    cli.add_flags(parser, Settings, {})
     flags = break_it.FAULTS[fault]()
     s, _ = resolve(vars(parser.parse_args([*flags, "--device", "cpu", "--seed", "1"])))
     game = train.set_up(s)

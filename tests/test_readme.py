@@ -72,7 +72,7 @@ def test_flags_of_commands_that_cannot_be_run_here_are_real():
 @pytest.mark.parametrize("command", [c for c in ELSEWHERE if " train.py" in c])
 def test_a_training_command_that_cannot_be_run_here_parses(command):
     parser = cli.Parser()
-    cli.add_flags(parser, Settings)
+    cli.add_flags(parser, Settings, {})
     parser.parse_args(script_of(command)[1])
 
 
