@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -265,7 +265,8 @@ class Game:
     episode_prompts: dict = field(default_factory=dict)    # "asr", "msr": with {context}, {next}
     world: ModuleType | None = None        # the embedded world, where it is played
     sources: dict[str, Path | Texts] = field(default_factory=dict)     # what was read, by flag
-    recent: deque = field(default_factory=deque)           # the queries of the last steps
+    begun: float = field(default_factory=time.monotonic)
+    shown: int = 0                         # steps whose lines are printed
     phase: Phases = field(default_factory=Phases)
 
     @property
@@ -391,7 +392,7 @@ def train(s: Settings, preset: dict, given=()):
     run = run or ranks.first(lambda: runs.new_run(s, run_name(s), optimizer.bytes_on_disk()))
     with run, StopRequest() as game.phase.stop:
         ranks.first(lambda: run.begin(asdict(s), game.sources))
-        print(log.settings_lines(s))
+        print(log.opening_lines(s, run.folder))
         print(plan.opening(s))
         now = {"torch": torch.__version__, "device": device.type, "ranks": ranks.world()}
         state = ranks.first(lambda: run.restore(s.keep, **now))
@@ -406,7 +407,6 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, plan
     s, step, bad_steps = game.settings, state["step"], state["bad_steps"]
     budget_gb = {phase: sum(parts.values()) / 1e9 for phase, parts in plan.phases(s).items()}
     saved = step if run.checkpoint else None
-    game.recent = log.recent_queries(run.folder / "samples.jsonl")
     evaluated = {record["step"] for record in runs.read_lines(run.folder / "eval.jsonl")}
 
     def save():
@@ -450,7 +450,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, plan
             raise reason from None
         save()
         raise cli.RunStopped(f"{reason}; {run.how_to_go_on()}", reason.code) from None
-    print(log.closing_lines(run.folder, runs.read_lines(run.folder / "eval.jsonl")))
+    print(log.closing_lines(run.folder))
 
 
 def main():

@@ -39,7 +39,7 @@ def look(game, run, step: int):
         record |= evaluate_world(game)
     if len(record) > 1:
         run.append("eval.jsonl", [record])
-        print(log.eval_line(game.settings, record), flush=True)
+        print(log.eval_lines(game.settings, record), flush=True)
 
 
 def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list[dict]]:

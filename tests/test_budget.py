@@ -339,12 +339,11 @@ def test_a_run_opens_with_its_budget_and_each_step_holds_peaks_and_speed(
     # 4 answers of 7 tokens, 2 queries of 6, all different.
     assert rates["update"] == pytest.approx(40 / m["phase_seconds"]["update"])
     assert rates["judge"] == pytest.approx(16 / m["phase_seconds"]["judge"])
-    opening = out[out.index("peaks, MB"):out.index("step 1/1")]
+    opening = out[out.index("peaks, MB"):out.index("\n     step  ")]
     assert f"peaks, MB     challenge {1000 * m['budget_gb']['challenge']:.2f}  solve" in opening
     assert "memory of this host): fits" in opening
-    line = out.split("\n")[[i for i, line in enumerate(out.split("\n"))
-                            if line.startswith("step 1/1")][0] + 1]
-    assert re.search(r"^ +challenge .*solve .* tok/s.*update .* tok/s  peak", line)
+    below = out[out.index("\n      1/1  "):]
+    assert re.search(r"\n +challenge .*solve .* tok/s[^$]*update .* tok/s\s+peak", below)
 
 
 @pytest.mark.skipif(not LINUX, reason="peaks on the host are read from /proc")

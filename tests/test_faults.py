@@ -109,7 +109,7 @@ def test_resuming_a_finished_run_does_nothing_and_more_steps_are_warned_of(play,
     (["--resume", "kept", "--out", "x"], "--resume goes on in its own folder"),
     (["--resume", "kept", "--overwrite"], "give one of"), (["--requeue"], "--requeue needs --out"),
     (["--resume", "nowhere"], "nowhere/config.json: no such file"),
-    (["--resume", "m"], "m/config.json: architectures = "),
+    (["--resume", "m"], "m/config.json: architectures is no setting"),
     (["--out", "kept"], "exists already"), (["--out", "strange", "--overwrite"], "exists already"),
     (["--out", "strange", "--requeue"], "exists already"),
 ])

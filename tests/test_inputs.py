@@ -449,7 +449,7 @@ def step(folder, monkeypatch, queries=None, answers=None, **settings):
     numbers = [v for v in metrics.values() if isinstance(v, float)]
     assert len(numbers) > 8 and all(torch.tensor(numbers).isfinite()) and not metrics["skipped"]
     assert all(torch.isfinite(p).all() for p in game.policy.parameters())
-    assert len(list(log.samples(r, 1))) == 3 and log.example_line(r) and log.transcript(s, r)
+    assert len(list(log.samples(r, 1))) == 3 and log.example(r, 1) and log.transcript(s, r)
     assert log.step_line(s, metrics | {"step": 1, "seconds": 1.0})
     return game, r, metrics
 

@@ -340,7 +340,7 @@ def records(path):
 def test_lsp_runs_records_and_its_checkpoint_starts_a_second_stage(world):
     result = run(world, "--out", "first", "--eval-prompts", "p.jsonl", "--eval-every", "1")
     assert result.returncode == 0, result.stderr
-    assert (result.stderr == "" and "step 2/2" in result.stdout
+    assert (result.stderr == "" and "  2/2  " in result.stdout
             and "self-reward mostly unparsed" in result.stdout)
     out = world / "first"
     metrics = records(out / "metrics.jsonl")
