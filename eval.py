@@ -59,9 +59,7 @@ def answer(args, queries: list[str], done: set[int], samples: int = 1):
     strange = next((s for i in left if (s := tokenizer.unencodable(queries[i])) is not None), None)
     if strange is not None:
         raise InputError(f"the tokenizer of {args.model} cannot encode {strange!r}")
-    model = load_model(path, device=device, dtype=dtype)
-    if model.config.scalar_head:
-        raise InputError(f"--model {args.model} is a reward model, which cannot write")
+    model = load_model(path, device=device, dtype=dtype, writes=True)
     prompts = {i: tokenizer.chat([{"role": "user", "content": queries[i]}]) for i in left}
     longest = max(map(len, prompts.values()))
     context = model.config.max_position_embeddings

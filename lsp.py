@@ -31,8 +31,8 @@ def solver_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
     return total - total.mean(dim=1, keepdim=True)             # Eq. 3: A_sol[n, g] = R[n, g] - V[n]
 
 
-def challenger_advantages(R: Tensor, R_Q: Tensor | None = None, kind: str = "lsp",
-                          scale: float = 1.0) -> Tensor:
+def challenger_advantages(R: Tensor, R_Q: Tensor | None = None, *, kind: str = "lsp",
+                          scale: float = 1.0, penalty: Tensor | float = 0.0) -> Tensor:
     """How much better than average each query was for the Challenger:
     (N, G) rewards in, (N,) advantages out.
 
@@ -40,6 +40,7 @@ def challenger_advantages(R: Tensor, R_Q: Tensor | None = None, kind: str = "lsp
     with R + R_Q the self-reward would cancel (test_self_reward_does_not_cancel_for_the_challenger).
     kind: another reward than -V, from the solve rate (challenger_reward); V_Q is added to it, too.
     scale: what R, then in 0..1, has been multiplied by; such a reward is multiplied by it as well.
+    penalty: (N,), subtracted from the rewards, as for queries that repeat each other.
     ValueError when N < 2.
     """
     if R.dim() != 2 or R.shape[0] < 2:
@@ -48,6 +49,7 @@ def challenger_advantages(R: Tensor, R_Q: Tensor | None = None, kind: str = "lsp
     reward = -V if kind == "lsp" else scale * challenger_reward(R / (scale or 1), kind)      # (N,)
     if R_Q is not None:
         reward = R_Q.mean(dim=1) + reward                              # (N,)   S[n] = V_Q[n] - V[n]
+    reward = reward - penalty                                                # (N,)
     return reward - reward.mean()                                  # Eq. 3: A_ch[n] = mean(V) - V[n]
 
 

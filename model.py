@@ -260,14 +260,13 @@ def weight_files(path: Path) -> list[Path]:
     index, whole = (inside(path, f"model.safetensors{end}") for end in (".index.json", ""))
     if not index.exists():
         shards = sorted(path.glob("model-*-of-*.safetensors"))       # without an index: all of them
-        if not whole.exists() and not shards and (path / "adapter_config.json").exists():
-            raise InputError(f"{path}: a LoRA adapter, not a model: merge it into its base with "
-                             "peft's merge_and_unload and save_pretrained")
-        if not whole.exists() and not shards and list(path.glob("pytorch_model*.bin")):
-            raise InputError(f"{path}: no model.safetensors, only pytorch_model.bin, which can run "
-                             "code; to convert it: python -c \"from transformers import "
-                             "AutoModelForCausalLM as M; M.from_pretrained("
-                             f"'{path}').save_pretrained('{path}')\"")
+        others = {"adapter_config.json": "a LoRA adapter, not a model: merge it into its base "
+                  "with peft's merge_and_unload and save_pretrained",
+                  "pytorch_model*.bin": "no model.safetensors, only pytorch_model.bin, which can "
+                  "run code: convert it with transformers' from_pretrained and save_pretrained"}
+        for name, advice in others.items():
+            if list(path.glob(name)) and not shards and not whole.exists():
+                raise InputError(f"{path}: {advice}")
         return shards if shards and not whole.exists() else [whole]
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(
@@ -282,44 +281,28 @@ def read_config(path) -> Config:
     return parse_config(read_json(file), str(file))
 
 
-def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
+def load_model(path, *, device="cpu", dtype=torch.float32, writes: bool = False) -> Llama:
     """A Llama from a directory with config.json and *.safetensors (one file or shards).
 
     Each tensor goes straight to its device and dtype: nothing is held twice. InputError names the
     file or the tensor for an unsupported architecture, a missing or truncated file, a missing,
-    surplus or misshapen tensor.
+    surplus or misshapen tensor; with writes, for a reward model.
     """
     path = Path(path)
-    raw = read_json(inside(path, "config.json"))
-    if dtype_name(raw) not in ("float64", "float32", "float16", "bfloat16"):
-        raise InputError(f"{path / 'config.json'}: dtype {dtype_name(raw)!r} is not supported")
+    raw, config = read_json(inside(path, "config.json")), read_config(path)
+    if config.dtype not in ("float64", "float32", "float16", "bfloat16"):
+        raise InputError(f"{path / 'config.json'}: dtype {config.dtype!r} is not supported")
+    if writes and config.scalar_head:
+        raise InputError(f"{path} is a reward model, which cannot write")
     with torch.device("meta"):                                              # shapes only, no memory
-        model = Llama(parse_config(raw, str(path / "config.json")))
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    state, heads = {}, []
+        model = Llama(config)
+    state = {}
     for file in weight_files(path):
         try:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():
-                    if name.endswith("rotary_emb.inv_freq"):     # the RoPE table of old checkpoints
-                        continue
-                    if name == "lm_head.weight" and name not in wanted:       # a tied model's head
-                        heads.append(tensors.get_tensor(name))
-                        continue
-                    about = tensors.get_slice(name)
-                    if name not in wanted:
-                        raise InputError(f"{file}: tensor {name} does not belong to this model")
-                    if tuple(about.get_shape()) != wanted[name]:
-                        raise InputError(
-                            f"{file}: tensor {name} has shape {tuple(about.get_shape())}, "
-                            f"config.json asks for {wanted[name]}")
-                    if about.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                        raise InputError(
-                            f"{file}: tensor {name} has dtype {about.get_dtype()}, not a float")
-                    state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype, copy=True)
-                    if not state[name].isfinite().all():
-                        raise InputError(f"{file}: tensor {name} holds numbers that are not finite "
-                                         f"(in {dtype}): the checkpoint is broken")
+                    if not name.endswith("rotary_emb.inv_freq"):     # RoPE's table, of old ones
+                        state[name] = tensors.get_tensor(name).to(device, dtype, copy=True)
         except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
             reason = ("no such file" if isinstance(error, FileNotFoundError)
                       else f"not readable: {error}")
@@ -327,16 +310,15 @@ def load_model(path, *, device="cpu", dtype=torch.float32) -> Llama:
                     file.stat().st_size < 1000 and file.read_bytes().startswith(POINTER.encode())):
                 reason = "a git-lfs pointer, not the file: run git lfs pull there"
             raise InputError(f"{file}: {reason}") from None
-    missing = [name for name in wanted if name not in state]
-    if missing:
-        raise InputError(f"{path}: tensor {missing[0]} is missing"
-                         + f" (and {len(missing) - 1} more)" * (len(missing) > 1))
-    embedding = state["model.embed_tokens.weight"]
-    if heads and not torch.equal(heads[0].to(device=device, dtype=dtype), embedding):
+    head = None if hasattr(model, "lm_head") else state.pop("lm_head.weight", None)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:                      # a missing, surplus or misshapen tensor
+        raise InputError(f"{path}: {' '.join(str(error).split())[:400]}") from None
+    if head is not None and not torch.equal(head, model.model.embed_tokens.weight):
         raise InputError(f"{path}: tie_word_embeddings is true, but the file holds another "
                          "lm_head.weight: set it to false in config.json, which is what "
                          "transformers then does by itself")
-    model.load_state_dict(state, assign=True)
     model.raw_config = raw
     model.carried = {
         name: inside(path, name).read_bytes() for name in CARRIED if (path / name).exists()}

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from plumbing.chat import fill
-from plumbing.data import draw, generator
+from plumbing.data import draw, generator, given_turn
 from plumbing.files import InputError, prompt_file, read_prompt
 from plumbing.texts import LONGEST, Texts, is_whole, segments
+from sample import Completion
 
 START, END = "<|startofprediction|>", "<|endofprediction|>"
 TAG = re.compile(f"{re.escape(START)}|{re.escape(END)}")
@@ -107,6 +108,17 @@ def pose(game, kind: str, pieces: list[str], i: int) -> Episode | None:
     # Nothing that is no sentence, such as a table, which would fill the judge's context.
     reference = takewhile(lambda piece: len(piece) <= LONGEST, following)
     return Episode(query(kept), "".join(reference).rstrip(), kind, kept < i)
+
+
+def given_answers(game, step: int) -> tuple[list, list, list, list]:
+    """--algo sft, RLPT's cold start: the step's N queries, their given answers, and as token ids
+    prompts and Completions, in groups of one."""
+    s = game.settings
+    queries, answers = map(list, zip(*draw(game.data, s.queries, s.seed, step)))
+    turns = [given_turn(game.tokenizer, *pair) for pair in zip(queries, answers)]
+    rows = [Completion(ids[:s.answer_tokens], [0.0] * len(ids[:s.answer_tokens]),
+                       len(ids) <= s.answer_tokens) for _, ids in turns]
+    return queries, answers, [prompt for prompt, _ in turns], [[row] for row in rows]
 
 
 # ---------------------------------------------------------------- predictions

@@ -311,9 +311,8 @@ def main():
     Tokenizer.date_string = args.date_string
     path = find_model(args.model)
     device, dtype = pick_device(args.device, path)
-    tokenizer, model = Tokenizer(path), load_model(path, device=device, dtype=dtype)
-    if model.config.scalar_head:
-        raise InputError(f"{args.model} is a reward model, which cannot write")
+    tokenizer = Tokenizer(path)
+    model = load_model(path, device=device, dtype=dtype, writes=True)
     say = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
 
     if args.challenger:

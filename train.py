@@ -38,11 +38,12 @@ from plumbing.budget import Plan
 from plumbing.cache import pad, shared_forward
 from plumbing.chat import fit
 from plumbing.data import check_data, draw, opening, read_data, seeds
-from plumbing.files import InputError, pick_device
+from plumbing.files import InputError, pick_device, read_prompt
 from plumbing.logprobs import log_probs
-from plumbing.memory import MasterAdamW, Stage, limit_memory, to_host
+from plumbing.memory import MasterAdamW, Stage, learning_rate, limit_memory, to_host
+from plumbing.overlap import near_copies
 from plumbing.phases import Phases, StopRequest
-from plumbing.settings import Settings, model_paths, resolve, run_name
+from plumbing.settings import Settings, input_files, model_paths, resolve, run_name
 from plumbing.texts import Texts
 from sample import Completion, pick, sample, text_of
 from tiny import world as tiny_world
@@ -63,6 +64,7 @@ class Round:
     kinds: list[str] | None                         # rlpt: asr or msr
     query_rows: list[Completion]                    # (N)    empty where the queries are given
     truncated_inputs: dict[str, int]                # how many, by what they are
+    query_prompts: list[list[int]] = ()             # (N)    <cp> of each query, or empty
     solver_prompts: list[list[int]] = ()            # (N)
     answer_rows: list[list[Completion]] = ()        # (N, G)
     answers: list[list[str]] = ()                   # (N, G)
@@ -85,12 +87,15 @@ def ask(game: "Game", step: int, mine: slice) -> Round:
         queries, golds = map(list, zip(*draw(game.data, s.queries, s.seed, step)[mine]))
         return Round(queries, golds, None, [], {})
     streams = seeds(s.seed, step, "challenge", s.queries)[mine]
+    tasks = range(step * s.queries, (step + 1) * s.queries)[mine]            # by turns
+    prompts = [game.challenger_prompts[i % len(game.challenger_prompts)] for i in tasks]
     with game.phase("challenge", game.policy):
-        groups = sample(game.policy, [game.challenger_prompt] * len(streams), seeds=streams,
-                        max_new_tokens=s.query_tokens, **game.sampling)
+        groups = sample(game.policy, prompts, seeds=streams, max_new_tokens=s.query_tokens,
+                        **game.sampling)
     rows = [row for (row,) in groups]
     # The query is all that was written, and nothing else.
-    return Round([text_of(game.tokenizer, row) for row in rows], [None] * len(rows), None, rows, {})
+    queries = [text_of(game.tokenizer, row) for row in rows]
+    return Round(queries, [None] * len(rows), None, rows, {}, prompts)
 
 
 def play(game: "Game", step: int) -> Round:
@@ -99,6 +104,11 @@ def play(game: "Game", step: int) -> Round:
     mine, answered = ranks.slice_of(s.queries), ranks.slice_of(s.queries, G)
     nonce = str(seeds(s.seed, step, "nonce", 1)[0] % 10**6)    # for a judge's {nonce}
     game.phase.reset()
+    if s.algo == "sft":                # an advantage of 1 on given answers: the supervised gradient
+        queries, golds, prompts, rows = rlpt.given_answers(game, step)
+        ones = torch.ones(s.queries, 1)                                                  # (N, 1)
+        return Round(queries, golds, None, [], {}, [], prompts, rows, [[a] for a in golds], ones,
+                     learn=ones[:, 0] > 0, A_sol=ones, seconds=game.phase.seconds)
     r = ask(game, step, mine)
     with game.phase("solve", game.policy):         # a ~ pi_Sol(a|q) = pi(a | q as a user turn)
         fitted = fit(game.tokenizer, [(q,) for q in r.queries],
@@ -137,8 +147,9 @@ def play(game: "Game", step: int) -> Round:
     if r.query_rows:
         r.A_ch = torch.zeros(len(r.queries))                                             # (N,)
         if len(R) > 1:
-            r.A_ch[r.learn] = lsp.challenger_advantages(R, R_Q, s.challenger_reward,
-                                                        s.reward_scale)                  # Eq. 3
+            r.A_ch[r.learn] = lsp.challenger_advantages(                                 # Eq. 3
+                R, R_Q, kind=s.challenger_reward, scale=s.reward_scale,
+                penalty=s.repetition_penalty * near_copies(r.queries)[r.learn])
     return r
 
 
@@ -153,14 +164,6 @@ class Row:
     ref_logp: list[float] | None = None        # one a token, from reference_log_probs()
 
 
-def learning_rate(s: Settings, step: int) -> float:
-    """Linear warm-up to --learning-rate, then linear decay to --final-lr-share of it at the end."""
-    if step < s.warmup:
-        return s.learning_rate * (step + 1) / (s.warmup + 1)
-    done = (step - s.warmup) / max(1, s.steps - s.warmup)
-    return s.learning_rate * (1 - done * (1 - s.final_lr_share))
-
-
 def update(game: "Game", optimizer: MasterAdamW, r: Round, step: int) -> dict:
     """One gradient step on L = L_Sol + alpha_Ch * L_Ch; returns its metrics. Where the gradient is
     not finite, nothing moves, and "faults" names the samples with such a reward or log-prob."""
@@ -168,14 +171,14 @@ def update(game: "Game", optimizer: MasterAdamW, r: Round, step: int) -> dict:
     mine = [n for n in range(len(r.queries))[ranks.slice_of(len(r.queries))] if r.learn[n]]
     solver = [Row(r.solver_prompts[n], completion, A) for n in mine
               for completion, A in zip(r.answer_rows[n], r.A_sol[n].tolist())]
-    challenger = [Row(game.challenger_prompt, r.query_rows[n], r.A_ch[n].item())
+    challenger = [Row(r.query_prompts[n], r.query_rows[n], r.A_ch[n].item())
                   for n in mine if r.query_rows]
     if s.beta:
         with game.phase("reference", game.reference):
             reference_log_probs(game, solver + challenger)
     with game.phase("update", game.policy):
-        sol = ranks.total(accumulate(game, solver, 1.0, count * s.answers))              # Eq. 4
-        ch = ranks.total(accumulate(game, challenger, s.alpha_ch, count))                # Eq. 5
+        sol = accumulate(game, solver, 1.0, count * s.answers)                           # Eq. 4
+        ch = accumulate(game, challenger, s.alpha_ch, count)                             # Eq. 5
         norm = optimizer.step(rate, s.grad_clip) if count else 0.0
     return log.learnt(s, sol, ch, norm, rate, [] if math.isfinite(norm) else log.non_finite(r))
 
@@ -227,7 +230,8 @@ def batch_loss(policy: Llama, batch: list[Row], s: Settings, count: int) -> tupl
 
 
 def accumulate(game: "Game", rows: list[Row], weight: float, count: int | None = None) -> Counter:
-    """Add the gradient of weight * (Eq. 4 or 5) over these rows to the policy's; return sums.
+    """Add the gradient of weight * (Eq. 4 or 5) over these rows to the policy's; return the sums
+    of lsp.policy_loss over all processes' rows.
 
     With beta above 0, reference_log_probs() has been here before. The loss is normalised by the
     number of all rows before it is split into micro-batches, so that their size changes nothing
@@ -241,10 +245,7 @@ def accumulate(game: "Game", rows: list[Row], weight: float, count: int | None =
         loss, statistics = batch_loss(game.policy, batch, s, count)
         (weight * loss).backward()
         sums.update(statistics)
-    if not sums:
-        return sums
-    values = torch.stack(list(sums.values())).tolist()       # the only wait for the GPU's results
-    return Counter(dict(zip(sums, values)))
+    return ranks.total(sums)
 
 
 # ---------------------------------------------------------------- what a run plays with
@@ -258,7 +259,7 @@ class Game:
     reward: Callable | None = None         # (queries, answers, golds) -> (len,); None in rlpt
     reference: Llama | None = None         # None where beta is 0 and it does not judge
     judge: rewards.Judge | None = None     # of the self-reward, or of rlpt's verdict
-    challenger_prompt: list[int] | None = None    # <cp> as token ids; None in grpo and rlpt
+    challenger_prompts: list = ()          # <cp> as token ids, one a task; empty in grpo and rlpt
     data: list = ()                        # grpo: (query, gold); else empty
     held_out: list = ()                    # those of --eval-prompts
     texts: Texts | None = None             # rlpt: what episodes are made of
@@ -292,32 +293,32 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     embedded = s.text == tiny_world.STORIES if s.algo == "rlpt" else (
         "tiny" in (s.reward, files.preset_of(start).get("reward")))
     game = Game(s, None, tokenizer, world=tiny_world if embedded else None)
-    game.sources = {f"the {role}": path for role, path in paths.items()}
+    game.sources = input_files(s) | {f"the {role}": path for role, path in paths.items()}
     if game.world and device.type == "cpu":
         torch.set_num_threads(1)           # matrices this small: threads would wait for each other
-    if s.algo != "grpo" and s.query_tokens + s.answer_tokens > context:
+    if not s.prompts and s.query_tokens + s.answer_tokens > context:
         raise InputError(f"--query-tokens {s.query_tokens} and --answer-tokens {s.answer_tokens}: "
                          f"the model's context holds {context} in all")
 
     def read(file):
-        data = read_data(file, gold=rewards.NEED_GOLD.get(s.reward), boxed=rewards.boxed)
+        gold = ("a text", str.strip) if s.algo == "sft" else rewards.NEED_GOLD.get(s.reward)
+        data = read_data(file, gold=gold, boxed=rewards.boxed)
         check_data(file, data, tokenizer, context - s.answer_tokens)
         return data
 
     if s.eval_prompts:
         game.held_out = read(s.eval_prompts)
-        game.sources["--eval-prompts"] = Path(s.eval_prompts)
-    if s.algo == "grpo" and game.world and s.prompts in game.world.MIXES:
+    if s.prompts and game.world and s.prompts in game.world.MIXES:
         game.data = game.world.prompts(s.prompts, min(s.queries * s.steps, 10**5), seed=s.seed)
-    elif s.algo == "grpo":
+    elif s.prompts:
         game.data = read(s.prompts)
-        game.sources["--prompts"] = Path(s.prompts)
     elif s.algo == "rlpt":
         rlpt.open_texts(game, start)
     else:
-        game.sources["--challenger-prompt"] = Path(s.challenger_prompt)
-        game.challenger_prompt = opening(tokenizer, s.challenger_prompt, s.query_tokens, context,
-                                         task=s.task, template=s.template)
+        tasks = read_prompt(s.tasks).splitlines() if s.tasks else [s.task]
+        game.challenger_prompts = [
+            opening(tokenizer, s.challenger_prompt, s.query_tokens, context, task=task,
+                    template=s.template) for task in tasks if task.strip()]
     if s.self_reward or s.verdict and s.reward != "tiny":
         scale, file = rewards.SELF_REWARD, s.self_reward_prompt
         if s.algo == "rlpt":
@@ -330,24 +331,16 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
 
     # Models are loaded to where they stay between phases: with --offload, the host.
     home = torch.device("cpu") if s.offload else device
-
-    def load(path, dtype=dtype):
-        model = load_model(path, device=home, dtype=dtype)
-        if model.config.scalar_head:
-            raise InputError(f"{path} is a reward model, which cannot write")
-        return model
-
-    if s.algo != "rlpt":
+    if s.scored:
         game.reward = rewards.open_reward(s.reward, paths.get("reward model"), device=home,
                                           dtype=dtype, batch_tokens=min(16384, s.batch_tokens))
-    if ":" in s.reward:
-        game.sources["--reward"] = Path(s.reward.rpartition(":")[0])
     if "reference" in paths:
-        game.reference = load(paths["reference"])
+        game.reference = load_model(paths["reference"], device=home, dtype=dtype, writes=True)
     if game.judge:
-        game.judge.model = load(judge_path) if "judge" in paths else game.reference
+        game.judge.model = game.reference if "judge" not in paths else load_model(
+            judge_path, device=home, dtype=dtype, writes=True)
     # In its masters' precision; MasterAdamW makes it bf16.
-    game.policy = load(checkpoint or start, torch.float32)
+    game.policy = load_model(checkpoint or start, device=home, writes=True)
     game.policy.checkpointing = s.checkpointing
     if s.beta and game.reference.config.vocab_size != game.policy.config.vocab_size:
         raise InputError(f"--reference {s.reference}: another vocabulary than the policy's")

@@ -81,7 +81,7 @@ def set_up(load: Load, changes: dict) -> tuple[Game, MasterAdamW]:
     game.judge = Judge(game.reference, game.tokenizer, "2 " * RUBRIC + "{instruction} {response}",
                        SELF_REWARD, s.self_reward, max_new_tokens=s.judge_tokens,
                        batch_tokens=s.batch_tokens)
-    game.challenger_prompt = [3] * CHALLENGER
+    game.challenger_prompts = [[3] * CHALLENGER]
     game.policy.checkpointing = s.checkpointing
     return game, MasterAdamW(game.policy, torch.float32, weight_decay=0.0)
 

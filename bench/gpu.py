@@ -175,7 +175,7 @@ def step_game(args, s: Settings, folder: Path) -> tuple[Game, MasterAdamW]:
     """What train.set_up() makes, around random models; frozen ones leave the device at once."""
     offload, tokenizer = s.offload, words(folder, args)
     text = lambda count: " ".join(["w2"] * count)
-    game = Game(s, None, tokenizer, phase=Measured(args), challenger_prompt=[2] * CHALLENGER)
+    game = Game(s, None, tokenizer, phase=Measured(args), challenger_prompts=[[2] * CHALLENGER])
     scorer = object.__new__(RewardModel)           # __init__ reads files
     scorer.tokenizer, scorer.truncated_inputs = tokenizer, 0
     scorer.batch_tokens, game.reward = min(16384, s.batch_tokens), scorer

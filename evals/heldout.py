@@ -72,8 +72,8 @@ def evaluate_world(game) -> dict:
         return world.story_figures(tasks, [rlpt.extract(answer, 0)[0] for answer in answers])
     queries = world.held_out_queries()
     record = {"accuracy": world.accuracy(queries, greedy(game, queries)[0]), "challenger": None}
-    if game.challenger_prompt:
-        (rows,) = sample(game.policy, [game.challenger_prompt], num_samples=1000,
+    if game.challenger_prompts:
+        (rows,) = sample(game.policy, game.challenger_prompts[:1], num_samples=1000,
                          temperature=s.temperature, max_new_tokens=s.query_tokens,
                          stop_ids=game.tokenizer.stop_ids, batch_tokens=s.batch_tokens,
                          generator=generator(s.seed, 0, "evaluate"))

@@ -36,7 +36,7 @@ def read_data(path: str, *, gold: tuple | None = None,
         if key is None:
             raise InputError(f"{path}, {where}: no field instruction, question, problem or prompt "
                              f"(fields found: {', '.join(entry) or 'none'})")
-        answer = entry.get("answer")
+        answer = entry.get("answer", entry.get("output"))
         if answer is None and isinstance(entry.get("solution"), str):
             answer = boxed(entry["solution"])
         answer = None if answer is None else str(answer)
@@ -74,6 +74,17 @@ def check_data(path: str, data: list, tokenizer: Tokenizer, limit: int):
         if len(ids) > limit:
             refuse(n, f"the prompt has {len(ids)} tokens; the model's context, less the answer's, "
                    f"holds {limit}")
+
+
+def given_turn(tokenizer: Tokenizer, query: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of the prompt with a user's query, and of the assistant's turn with this answer and its
+    stop token. InputError where the chat template does not put the one behind the other."""
+    turns = [{"role": "user", "content": query}, {"role": "assistant", "content": answer}]
+    prompt, ids = tokenizer.chat(turns[:1]), tokenizer.chat(turns, generation_prompt=False)
+    ends = [t + 1 for t in range(len(prompt), len(ids)) if ids[t] in tokenizer.stop_ids]
+    if ids[:len(prompt)] != prompt or not ends:
+        raise InputError(f"{tokenizer.path}: its chat template has no place for a given answer")
+    return prompt, ids[len(prompt):ends[0]]
 
 
 def opening(tokenizer: Tokenizer, name: str, new: int, context: int, **values: str) -> list[int]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from plumbing.overlap import overlap
+
 # What metrics.jsonl tells of the machine. All else two runs of one game have in common.
 TIMED = ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "budget_gb")
 LARGE = 10**8                        # weights: with fewer a step is over before it has a speed
@@ -18,8 +20,10 @@ WIDTH = 100                          # of a line on the screen
 
 # The columns of a step's line: title, key in metrics.jsonl, format, the algorithms that show it.
 PLAYED = ("lsp", "lsp-zero")
-EVERY = (*PLAYED, "grpo", "rlpt")
-COLUMNS = (("reward", "reward", ".3f", EVERY), ("quality", "quality", ".2f", ("lsp",)),
+SCORED = (*PLAYED, "grpo", "rlpt")
+EVERY = (*SCORED, "sft")
+COLUMNS = (("reward", "reward", ".3f", SCORED), ("NLL", "loss", ".3f", ("sft",)),
+           ("quality", "quality", ".2f", ("lsp",)),
            ("ASR", "asr_reward", ".2f", ("rlpt",)), ("MSR", "msr_reward", ".2f", ("rlpt",)),
            ("ch-adv", "challenger_advantage", ".2f", PLAYED), ("KL-sol", "kl_solver", ".2f", EVERY),
            ("KL-ch", "kl_challenger", ".2f", PLAYED),
@@ -27,7 +31,7 @@ COLUMNS = (("reward", "reward", ".3f", EVERY), ("quality", "quality", ".2f", ("l
            ("truncated", "truncated_answers", ".2f", EVERY),
            ("no-prediction", "no_prediction", ".2f", ("rlpt",)),
            ("unparsed", "unparsed", ".2f", ("lsp", "rlpt")),
-           ("logp-diff", "logp_difference", ".0e", EVERY), ("s/step", "seconds", ".2f", EVERY))
+           ("logp-diff", "logp_difference", ".0e", SCORED), ("s/step", "seconds", ".2f", EVERY))
 
 
 # ---------------------------------------------------------------- numbers
@@ -35,18 +39,6 @@ COLUMNS = (("reward", "reward", ".3f", EVERY), ("quality", "quality", ".2f", ("l
 def mean(values: list) -> float | None:
     """The mean of a list, None for an empty one."""
     return sum(values) / len(values) if values else None
-
-
-def overlap(queries: list[str]) -> float | None:
-    """Mean fraction of a query's word 3-grams that another query of the list holds too; None for
-    fewer than two queries."""
-    def grams(query: str) -> set:
-        words = query.split()                 # of fewer than three words, all of them as one
-        return {tuple(words[i:i + 3]) for i in range(max(1, len(words) - 2))}
-    own = [grams(query) for query in queries]
-    counts = Counter(gram for held in own for gram in held)
-    shared = [mean([counts[gram] > 1 for gram in held]) for held in own]
-    return mean(shared) if len(queries) > 1 else None
 
 
 def spreads(X: Tensor) -> tuple[float, float]:
@@ -103,12 +95,13 @@ def learnt(s, sol: Counter, ch: Counter, norm: float, rate: float, faults: list)
     """What an update says: sol, ch: the sums of lsp.policy_loss over the roles' rows."""
     per = lambda key, count, sums: sums[key] / sums[count] if sums[count] else None
     entropy = lambda sums: -sums["logp"] / sums["tokens"] if sums["tokens"] else None
+    loss, given = sol["loss"] + s.alpha_ch * ch["loss"], s.algo == "sft"
     return {
-        "loss": None if faults else sol["loss"] + s.alpha_ch * ch["loss"],
+        "loss": None if faults else entropy(sol) if given else loss,       # sft: NLL of a token
         "kl_solver": per("kl", "sequences", sol) if s.beta else None,
         "kl_challenger": per("kl", "sequences", ch) if s.beta else None,
         "entropy_solver": entropy(sol), "entropy_challenger": entropy(ch),
-        "logp_difference": per("difference", "tokens", sol + ch),
+        "logp_difference": None if given else per("difference", "tokens", sol + ch),
         "grad_norm": norm, "skipped": bool(faults), "faults": faults, "learning_rate": rate,
     }
 

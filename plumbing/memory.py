@@ -233,3 +233,11 @@ def limit_memory(device: torch.device, gigabytes: float):
     if gigabytes and device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / whole))
+
+
+def learning_rate(s, step: int) -> float:
+    """Linear warm-up to --learning-rate, then linear decay to --final-lr-share of it at the end."""
+    if step < s.warmup:
+        return s.learning_rate * (step + 1) / (s.warmup + 1)
+    done = (step - s.warmup) / max(1, s.steps - s.warmup)
+    return s.learning_rate * (1 - done * (1 - s.final_lr_share))

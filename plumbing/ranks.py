@@ -172,9 +172,10 @@ def added(counts: list[dict]) -> Counter:
     return found
 
 
-def total(sums: Counter) -> Counter:
-    """All ranks' sums, added up."""
-    return added(exchange(sums))
+def total(sums: dict[str, Tensor]) -> Counter:
+    """All ranks' sums, scalars on the device, added up."""
+    values = torch.stack(list(sums.values())).tolist() if sums else ()     # waits for the GPU
+    return added(exchange(dict(zip(sums, values))))
 
 
 def spread(function, items: list) -> list:

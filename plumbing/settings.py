@@ -39,7 +39,7 @@ class Settings:
 
     game:
         algo                lsp: with self-reward; lsp-zero: without; grpo: on --prompts; rlpt: on
-                            --text
+                            --text; sft: supervised, on the answers in --prompts
         queries             N, queries a step
         answers             G, answers a query (not in the paper)
         steps               iterations, one gradient step each
@@ -55,10 +55,15 @@ class Settings:
                             score's token)
         judge_temperature   sampling temperature of the judge; 0: greedy, so that equal pairs have
                             equal scores
+        tasks               file with a task in each line: the queries of a step take them in turn
+        repetition_penalty  factor of the fraction of the step's other queries that are near-copies
+                            of a query (more than half of its word 3-grams); what it gives is
+                            subtracted from the Challenger's reward
         task                text for {task} in the Challenger's prompt; None: its own judgement
         template            text for {template} in the Challenger's prompt
-        prompts             grpo: JSON list or JSON lines with instruction, question, problem or
-                            prompt; in the embedded world easy or balanced
+        prompts             grpo and sft: JSON list or JSON lines with instruction, question,
+                            problem or prompt (sft: and answer or output); in the embedded world
+                            easy or balanced
         temperature         sampling temperature of queries and answers, also of their log-probs
         query_tokens        longest query in tokens; rlpt: longest prompt, whose context loses its
                             beginning to fit
@@ -125,9 +130,9 @@ class Settings:
         save_every          steps between checkpoints
         keep                newest checkpoints to keep; 0: all (a 3B model's takes 45 GB)
     """
-    algo: str = setting("lsp", choices=("lsp", "lsp-zero", "grpo", "rlpt"))
+    algo: str = setting("lsp", choices=("lsp", "lsp-zero", "grpo", "rlpt", "sft"))
     queries: int = setting(8, 1, 10**5)
-    answers: int = setting(8, 2, 10**5)
+    answers: int = setting(8, 1, 10**5)
     steps: int = setting(500, 1, 10**7)
     reward: str = setting("skywork-v2-3b")
     reward_scale: float = setting(1.0, 0)
@@ -135,6 +140,8 @@ class Settings:
     alpha_ch: float = setting(1.0, 0)
     self_reward: str | None = setting(None, choices=READINGS)
     judge_temperature: float = setting(0.0, 0)
+    tasks: str | None = setting(None)
+    repetition_penalty: float = setting(0.0, 0)
     task: str = setting("None")
     template: str = setting("None")
     prompts: str | None = setting(None)
@@ -188,6 +195,11 @@ class Settings:
     keep: int = setting(2, 0)
 
     @property
+    def scored(self) -> bool:
+        """Whether answers are scored by --reward."""
+        return self.algo not in ("rlpt", "sft")
+
+    @property
     def reading(self) -> str | None:
         """How the judge of lsp or rlpt is read; None: nobody judges."""
         return self.self_reward or self.verdict
@@ -196,10 +208,13 @@ class Settings:
 KNOWN = {f.name: f for f in fields(Settings)}
 ALGOS = {"lsp": {"self_reward": "generate"}, "lsp-zero": {}, "grpo": {"learning_rate": 1e-6},
          "rlpt": {"learning_rate": 1e-6, "final_lr_share": 1.0, "beta": 0.0, "verdict": "generate",
-                  "query_tokens": 1024, "judge_tokens": 16}}
+                  "query_tokens": 1024, "judge_tokens": 16},
+         # The gradient is a sum over tokens: the clip suits answers of some hundred.
+         "sft": {"learning_rate": 2e-5, "beta": 0.0, "answers": 1, "grad_clip": 100.0}}
+OVER_PRESETS = {"rlpt": {"reward": "verdict"}, "sft": {"answers": 1}}
 GPU = {"checkpointing": True}
 MODELS = {"llama-3.2-1b": {"reward": "skywork-v2-1b"} | GPU, "llama-3.2-3b": GPU}
-CHALLENGED, JUDGED = ("lsp", "lsp-zero"), ("lsp", "rlpt")
+CHALLENGED, JUDGED, GIVEN = ("lsp", "lsp-zero"), ("lsp", "rlpt"), ("grpo", "sft")
 # What a model's training.json may set beside numbers and choices: these values of it, or any ().
 PRESETS = {"text": (STORIES,), "reward": (*CHECKS, *NAMES), "task": (), "template": (),
            "mask_truncated": (), "checkpointing": ()}
@@ -208,16 +223,15 @@ PRESETS = {"text": (STORIES,), "reward": (*CHECKS, *NAMES), "task": (), "templat
 NEEDS = {
     "a Challenger: --algo lsp or lsp-zero": (
         lambda s: s.algo in CHALLENGED,
-        ("task", "template", "challenger_prompt", "challenger_reward")),
+        ("task", "tasks", "template", "challenger_prompt", "challenger_reward")),
     "a judge: --algo lsp or rlpt": (lambda s: s.algo in JUDGED, ("judge",)),
     "a self-reward: --algo lsp": (
         lambda s: s.algo == "lsp", ("self_reward", "self_reward_prompt")),
-    "given queries: --algo grpo": (lambda s: s.algo == "grpo", ("prompts",)),
+    "given queries: --algo grpo or sft": (lambda s: s.algo in GIVEN, ("prompts",)),
     "plain text: --algo rlpt": (lambda s: s.algo == "rlpt", ("text", "verdict", "strict")),
-    "queries to answer: another --algo than rlpt": (
-        lambda s: s.algo != "rlpt", ("eval_prompts",)),
-    "queries to answer, or the embedded stories": (
-        lambda s: s.algo != "rlpt" or (s.reward, s.text) == ("tiny", STORIES), ("reward",)),
+    "a reward: another --algo than rlpt and sft": (lambda s: s.scored, ("eval_prompts",)),
+    "a reward, or the embedded stories": (
+        lambda s: s.scored or (s.reward, s.text) == ("tiny", STORIES), ("reward",)),
     "a KL term, --beta above 0, or a judge": (
         lambda s: s.beta > 0 or s.algo in JUDGED and not s.judge, ("reference",)),
     "a run that trains: no --watch": (lambda s: not s.watch, ("out", "eval_prompts")),
@@ -230,7 +244,7 @@ NEEDS = {
 # setting would make it another run and is refused.
 FREE = ("eval_every", "save_every", "keep", "max_bad_steps", "offload", "gpu_memory")
 # Where things lie. They may have moved; what they hold may not have changed (Run.begin).
-PLACES = ("model", "reference", "judge", "reward", "prompts", "eval_prompts", "text",
+PLACES = ("model", "reference", "judge", "reward", "prompts", "eval_prompts", "text", "tasks",
           "challenger_prompt", "self_reward_prompt")
 RETUNE = ("steps", "device", "batch_tokens", "micro_batch_tokens", "checkpointing")
 COMMANDS = ("resume", "requeue", "overwrite", "watch", "dry_run", "out")     # not what a run is
@@ -264,9 +278,7 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     file = inside(path, "training.json")
     preset = MODELS.get(name, {}) | (read_preset(file) if file.exists() else {})
     algo = given.get("algo", preset.get("algo", Settings.algo))
-    s = Settings(**{"model": name} | ALGOS[algo] | preset | given)
-    if s.algo == "rlpt" and "reward" not in given:      # whatever the model's preset plays for
-        s.reward = "verdict"
+    s = Settings(**{"model": name} | ALGOS[algo] | preset | OVER_PRESETS.get(algo, {}) | given)
     for needs, (met, flags) in NEEDS.items():
         for unused in named & set(flags) if not met(s) else ():
             raise InputError(f"{flag(unused)} is not used here: it needs {needs}")
@@ -353,14 +365,19 @@ def check(s: Settings):
     if s.out and os.path.lexists(s.out) and not (s.resume or s.requeue or s.overwrite):
         raise InputError(f"--out {s.out} exists already; nothing is overwritten: choose another, "
                          "or --resume, --requeue or --overwrite a run")
-    if s.algo == "grpo" and not s.prompts:
-        raise InputError("--algo grpo learns from data: give --prompts FILE")
-    if s.algo == "grpo" and s.prompts in MIXES and s.reward != "tiny":
+    if s.algo in GIVEN and not s.prompts:
+        raise InputError(f"--algo {s.algo} learns from data: give --prompts FILE")
+    if (s.algo == "sft") != (s.answers == 1):
+        raise InputError(f"--answers {s.answers}: a group to compare needs at least 2; --algo sft "
+                         "has 1")
+    if s.algo in GIVEN and s.prompts in MIXES and s.reward != "tiny":
         raise InputError(f"--prompts {s.prompts} belongs to the embedded world: give a file")
     if s.algo == "rlpt" and not s.text:
         raise InputError("--algo rlpt learns from plain text: give --text FILE_OR_FOLDER")
     if s.strict and s.reference_segments != Settings.reference_segments:
         raise InputError("--strict compares with one sentence: no --reference-segments")
+    if s.tasks and s.task != "None":
+        raise InputError("give --task, or --tasks FILE")
     if s.algo in CHALLENGED and s.queries < 2:
         raise InputError(f"--queries {s.queries}: the Challenger's advantage compares queries: "
                          "at least 2")
@@ -379,6 +396,15 @@ def run_name(s: Settings) -> str:
     return f"{name}-{s.algo}-{s.seed}"
 
 
+def input_files(s: Settings) -> dict[str, Path]:
+    """The files beside models that a run reads, by flag: while it lasts they may not change."""
+    keys = ["prompts", "eval_prompts", "tasks"]
+    keys += ["challenger_prompt"] * (s.algo in CHALLENGED)
+    found = {flag(key): Path(value) for key in keys
+             if (value := getattr(s, key)) and value not in MIXES}
+    return found | ({"--reward": Path(s.reward.rpartition(":")[0])} if ":" in s.reward else {})
+
+
 def model_paths(s: Settings, *, weights: bool = True) -> dict[str, Path]:
     """The directory of each model that a run holds; a judge that is the reference is there once.
     weights: whether they are fetched with their weights."""
@@ -392,6 +418,6 @@ def model_paths(s: Settings, *, weights: bool = True) -> dict[str, Path]:
         found["reference"] = reference
     if judged and judge != reference:
         found["judge"] = judge
-    if s.algo != "rlpt" and s.reward not in CHECKS and ":" not in s.reward:
+    if s.scored and s.reward not in CHECKS and ":" not in s.reward:
         found["reward model"] = path(s.reward)
     return found

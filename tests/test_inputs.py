@@ -424,7 +424,7 @@ def scripted(monkeypatch, game, queries=None, answers=None):
         ids := [*game.tokenizer.encode(text), min(game.tokenizer.stop_ids)], [0.0] * len(ids), True)
 
     def speak(model, prompts, **options):
-        asked = prompts[0] == game.challenger_prompt
+        asked = prompts[0] in game.challenger_prompts
         texts = queries if asked else answers
         if texts is None:
             return real(model, prompts, **options)
@@ -625,16 +625,6 @@ def test_a_tied_model_with_another_head_is_refused_and_one_with_a_copy_loads(tmp
                 load_model(tmp_path / "m")
 
 
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(tmp_path, number):
-    file = model(tmp_path) / "model.safetensors"
-    weights = load_file(file)
-    weights["model.norm.weight"][3] = number
-    save_file(weights, file)
-    with pytest.raises(InputError, match="tensor model.norm.weight holds numbers that are not"):
-        load_model(tmp_path / "m")
-
-
 def test_weights_may_be_linked_to_another_disk_and_shards_may_lack_an_index(tmp_path):
     path = model(tmp_path)
     shutil.move(path / "model.safetensors", tmp_path / "disk")
@@ -648,7 +638,7 @@ def test_weights_may_be_linked_to_another_disk_and_shards_may_lack_an_index(tmp_
 
 @pytest.mark.parametrize("left, found, message", [
     ("tokenizer.json", "tokenizer.model", "only tokenizer.model; to make one: python -c"),
-    ("model.safetensors", "pytorch_model.bin", "only pytorch_model.bin, .* to convert it: python"),
+    ("model.safetensors", "pytorch_model.bin", "only pytorch_model.bin, which can run code"),
     ("model.safetensors", "adapter_config.json", "a LoRA adapter, not a model: merge it"),
     ("model.safetensors", None, "model.safetensors: a git-lfs pointer, not the file"),
     ("tokenizer.json", None, "tokenizer.json: a git-lfs pointer, not the file: run git lfs pull"),

@@ -128,11 +128,17 @@ def test_other_challenger_rewards_equal_hand_worked_numbers(kind, earned):
     R = torch.tensor([[1.0] * 4, [1, 1, 1, 0], [1, 0, 1, 0], [0] * 4])      # p = 1, 3/4, 1/2, 0
     assert lsp.challenger_reward(R, kind).tolist() == pytest.approx(earned, abs=1e-5)
     earned, R_Q = 5 * torch.tensor(earned), torch.tensor([[7.0], [6], [7], [0]]).expand(4, 4)
-    assert torch.allclose(lsp.challenger_advantages(5 * R, None, kind, 5.0),
+    assert torch.allclose(lsp.challenger_advantages(5 * R, None, kind=kind, scale=5.0),
                           earned - earned.mean(), atol=1e-4)
     judged = earned + R_Q[:, 0]                                              # V_Q is added
-    assert torch.allclose(lsp.challenger_advantages(5 * R, R_Q, kind, 5.0),
+    assert torch.allclose(lsp.challenger_advantages(5 * R, R_Q, kind=kind, scale=5.0),
                           judged - judged.mean(), atol=1e-4)
+
+
+def test_a_penalty_is_subtracted_from_the_challengers_reward_before_the_baseline():
+    R = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])                  # -V: -.5, 0, -1
+    A = lsp.challenger_advantages(R, penalty=torch.tensor([0.0, 1.5, 0.0]))      # -.5, -1.5, -1
+    assert torch.allclose(A, torch.tensor([0.5, -0.5, 0.0]))
 
 
 def test_what_lies_beyond_a_rows_end_is_never_read():

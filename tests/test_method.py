@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import rewards
 import train
 import train as players
 from model import load_model
-from plumbing import cli, log
+from plumbing import cli, log, overlap
 from plumbing.files import HERE, InputError
 from plumbing.memory import MasterAdamW
 from plumbing.settings import resolve
@@ -32,9 +33,10 @@ def world(tmp_path_factory):
 
 
 def settings(world, **more):
-    return resolve({"model": str(world / "m"), "reward": str(world / "rm"), "queries": 4,
-                    "answers": 3, "query_tokens": 6, "answer_tokens": 6, "judge_tokens": 3,
-                    "device": "cpu", "self_reward": "expected"} | more)[0]
+    given = {"model": str(world / "m"), "reward": str(world / "rm"), "queries": 4,
+             "answers": 3, "query_tokens": 6, "answer_tokens": 6, "judge_tokens": 3,
+             "device": "cpu", "self_reward": "expected"} | more
+    return resolve({key: value for key, value in given.items() if value is not None})[0]
 
 
 def gradient_of(g, r, step=0) -> torch.Tensor:
@@ -196,7 +198,7 @@ def test_an_update_can_be_recomputed_from_the_records(world):
     row = lambda prompt, tokens, A: Row(prompt, Completion(tokens, [0.0] * len(tokens), True), A)
     solver = [row(line["prompt_tokens"], a["tokens"], a["advantage"])
               for line in said for a in line["answers"]]
-    challenger = [row(g.challenger_prompt, line["query_tokens"], line["challenger_advantage"])
+    challenger = [row(g.challenger_prompts[0], line["query_tokens"], line["challenger_advantage"])
                   for line in said]
     for rows in (solver, challenger):
         reference_log_probs(g, rows)
@@ -217,9 +219,64 @@ def test_the_spreads_of_the_rewards_on_hand_worked_numbers():
 def test_overlap_is_the_fraction_of_3_grams_that_others_hold():
     queries = ["What is 37 + 48?", "What is 37 + 21?", "Say it"]
     # Of the first's three 3-grams two stand in the second, and the other way round.
-    assert log.overlap(queries) == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
-    assert log.overlap(["a b c"]) is None
-    assert log.overlap(["a b c", "a b c"]) == 1.0
+    assert overlap.overlap(queries) == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert overlap.overlap(["a b c"]) is None
+    assert overlap.overlap(["a b c", "a b c"]) == 1.0
+
+
+def test_near_copies_are_the_other_queries_with_more_than_half_of_the_3_grams():
+    queries = ["What is 37 + 48?", "What is 37 + 21?", "What is 11 + 48?", "What is 37 + 48?"]
+    # The second holds two of the first's three; the third one of them, "+ 48?" being no 3-gram.
+    assert overlap.near_copies(queries).tolist() == pytest.approx([2 / 3, 2 / 3, 0, 2 / 3])
+    assert overlap.near_copies(["a"]).tolist() == [0]
+
+
+def test_repetition_costs_the_challenger_in_the_game(world, monkeypatch):
+    g = players.set_up(settings(world, repetition_penalty=6.0, algo="lsp-zero",
+                                self_reward=None))
+    texts = iter(["one two three four", "one two three four", "five six seven", "eight"])
+    monkeypatch.setattr(train, "text_of", lambda tokenizer, row: next(texts, "x"))
+    r = train.play(g, 0)
+    penalty = 6 * torch.tensor([1 / 3, 1 / 3, 0, 0])
+    expected = -r.R.mean(1) - penalty
+    assert torch.allclose(r.A_ch, expected - expected.mean(), atol=1e-5)
+
+
+def test_the_queries_of_a_step_take_the_tasks_in_turn(world, tmp_path):
+    (tmp_path / "tasks.txt").write_text("history\n\nphysics\nchess\n")
+    (tmp_path / "ask.txt").write_text("Ask about {task}.")
+    g = players.set_up(settings(world, tasks=str(tmp_path / "tasks.txt"),
+                                challenger_prompt=str(tmp_path / "ask.txt")))
+    first, second = train.ask(g, 0, slice(0, 4)), train.ask(g, 1, slice(1, 2))
+    shown = [g.tokenizer.decode(ids) for ids in first.query_prompts + second.query_prompts]
+    for text, task in zip(shown, ("history", "physics", "chess", "history", "chess")):
+        assert f"Ask about {task}." in text
+    assert g.sources["--tasks"] == tmp_path / "tasks.txt"
+
+
+def test_an_advantage_of_one_on_given_answers_is_the_supervised_gradient(world):
+    """--algo sft against torch's cross-entropy over the answers' tokens, stop tokens included."""
+    file = world / "given.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Say {n}", "output": "so " * n}) + "\n"
+                            for n in range(1, 5)))
+    g = players.set_up(settings(world, algo="sft", prompts=str(file), answers=1, beta=0.0,
+                                answer_tokens=9, self_reward=None, reward=None))
+    r = train.play(g, 0)
+    rows = [train.Row(p, row, 1.0) for p, (row,) in zip(r.solver_prompts, r.answer_rows)]
+    assert {row.stopped for (row,) in r.answer_rows} == {True, False}         # some are truncated
+    sums = train.accumulate(g, rows, 1.0)
+    taken = torch.cat([p.grad.flatten() for p in g.policy.parameters()])
+    g.policy.zero_grad()
+    loss = sum(torch.nn.functional.cross_entropy(
+        g.policy.logits(g.policy(torch.tensor([row.prompt + row.completion.tokens])))[
+            0, len(row.prompt) - 1:-1], torch.tensor(row.completion.tokens), reduction="sum")
+        for row in rows)
+    (loss / 4).backward()
+    again = torch.cat([p.grad.flatten() for p in g.policy.parameters()])
+    assert (again - taken).norm() / taken.norm() < 1e-5
+    m = log.learnt(g.settings, sums, Counter(), 1.0, 1e-3, [])
+    assert m["loss"] == pytest.approx(loss.item() / sums["tokens"], rel=1e-5)
+    assert m["logp_difference"] is None and "NLL" in log.header(g.settings)
 
 
 def test_equal_qualities_are_said_in_the_step_line_and_watch_names_a_scale(world):

@@ -13,7 +13,7 @@ import lsp
 import rewards
 import train
 from model import Llama, parse_config
-from plumbing import cli, logprobs, settings
+from plumbing import cli, logprobs, memory, settings
 from plumbing.data import draw, read_data
 from plumbing.files import InputError
 from plumbing.logprobs import log_probs
@@ -170,7 +170,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 def test_the_learning_rate_warms_up_and_decays_to_its_share():
     s = Settings(learning_rate=1.0, warmup=4, steps=24, final_lr_share=0.2)
-    rates = [train.learning_rate(s, step) for step in range(24)]
+    rates = [memory.learning_rate(s, step) for step in range(24)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert (rates[-1] == pytest.approx(0.2 + 0.8 / 20)
             and rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True))

@@ -57,7 +57,7 @@ def check(challenger_advantages=challenger_advantages, play=play):
         "a malformed query, which nobody can solve and the judge gave 0, is worth as much as any "
         "that can be solved: the Challenger will ask for nothing else, as LSP-Zero's does")
     before = lsp.challenger_advantages
-    lsp.challenger_advantages = lambda R, R_Q, *how: challenger_advantages(R, R_Q)
+    lsp.challenger_advantages = lambda R, R_Q, **how: challenger_advantages(R, R_Q)
     try:
         last = play(*FLAGS)
     finally:

@@ -106,7 +106,7 @@ def top_k():
 def sign_trap():
     """The Challenger's V is taken of R + R_Q, so that V_Q cancels: S = V_Q - (V + V_Q) = -V."""
     right = lsp.challenger_advantages
-    lsp.challenger_advantages = lambda R, R_Q=None, *how: right(R if R_Q is None else R + R_Q, R_Q)
+    lsp.challenger_advantages = lambda R, R_Q=None, **how: right(R if R_Q is None else R + R_Q, R_Q)
     return []
 
 
