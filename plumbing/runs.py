@@ -54,13 +54,13 @@ def read_lines(path: Path) -> list[dict]:
     """The objects of a .jsonl file; [] without a file. A half-written last line is left out."""
     if not path.exists():
         return []
-    records, number = [], 1
+    records = []
     try:
         *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        for number, line in enumerate(lines, 1):
+        for line in lines:
             records.append(json.loads(line))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {number}: {error}") from None
+        raise InputError(f"{path}, line {len(records) + 1}: not JSON: {error}") from None
     return records
 
 
@@ -111,8 +111,7 @@ def new_run(s, name: str, need: int) -> "Run":
     except OSError as error:
         raise InputError(f"--out {folder}: {error.strerror}") from None
     if held and not (s.overwrite and "config.json" in held):
-        raise InputError(f"--out {folder} exists already; nothing is overwritten: choose another, "
-                         "or --resume, --requeue or --overwrite a run")
+        raise InputError(f"--out {folder} exists already and holds something other than a run")
     run = Run(folder)
     for path in run.checkpoints() + run.checkpoints(".tmp"):
         shutil.rmtree(path)

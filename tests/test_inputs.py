@@ -116,7 +116,7 @@ def test_every_number_is_refused_below_and_above_its_range(folder, monkeypatch, 
     # names, files and folders
     (["--model", "nobody"], "'nobody': no such directory"), (["--model", ""], "no such directory"),
     (["--model", "x" * 5000], "no such directory"), (["--model", "a\nb"], r"'a\nb'"),
-    (["--model", "p.jsonl"], "no such directory"), (["--out", "p.jsonl"], "File exists"),
+    (["--model", "p.jsonl"], "no such directory"), (["--out", "p.jsonl"], "exists already"),
     (["--out", "bad\udcff"], r"--out bad\udcff: not text"), (["--out", "x" * 5000], "too long"),
     (["--out", "p.jsonl/x"], "p.jsonl/x"),
     (["--model", "bare"], "bare/model.safetensors: no such file"),
