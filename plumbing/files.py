@@ -3,9 +3,8 @@ named models and the hub, devices."""
 import json
 import os
 import re
-from importlib.machinery import SourceFileLoader
+import runpy
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from huggingface_hub import errors, snapshot_download  # comes with tokenizers
@@ -26,6 +25,7 @@ NAMES = {
 PROMPTS = tuple(f"prompts/{name}.txt" for name in (
     "challenger", "self_reward", "asr", "msr", "verdict", "verdict_strict"))
 SMALL = 64 * 2**20      # bytes: the largest tokenizer.json are about 35 million
+POINTER = "version https://git-lfs"
 
 
 class InputError(Exception):
@@ -40,37 +40,32 @@ class InputError(Exception):
 
 
 def inside(folder: Path, name: str) -> Path:
-    """folder/name; InputError if it leads out of the folder, or is no plain file.
+    """folder/name; InputError if it leads out of the folder, or is not a regular file.
 
-    A stranger's link must not make us read a file that lies elsewhere, and carry it into
-    checkpoints. The hub's cache counts as one folder: snapshots/REVISION/x -> ../../blobs/HASH.
+    A stranger's link must not make us read a file elsewhere and copy it into checkpoints. The
+    hub's cache counts as one folder: snapshots/REVISION/x -> ../../blobs/HASH.
     """
-    try:
-        file, home = (Path(os.path.realpath(p)) for p in (folder / name, folder))
-    except ValueError:                                           # a null byte, half a character
-        raise InputError(f"{folder / name} cannot be a file's name") from None
+    if not name.isprintable():
+        raise InputError(f"{folder / name} cannot be a file's name")
+    file, home = (Path(os.path.realpath(p)) for p in (folder / name, folder))
     home = home.parent.parent if home.parent.name == "snapshots" else home
-    # Weights may be linked to another disk: they are read as numbers, and carried nowhere.
+    # Weights may be linked to another disk: they are read as numbers and never copied.
     if not file.is_relative_to(home) and not name.endswith(".safetensors"):
-        raise InputError(f"{folder / name} is a link out of its directory: put the file itself "
-                         "there")
-    if os.path.exists(file) and not os.path.isfile(file):    # unlike Path's, these never raise
-        raise InputError(f"{folder / name} is not a file")
+        raise InputError(f"{folder / name} is a link out of its directory: put the file there")
+    check_regular(folder / name)
     return folder / name
 
 
 def check_regular(path: Path):
-    """InputError for a pipe, a device or a folder: a file is read whole, and more than once."""
+    """InputError for a pipe, a device or a folder: files are read as a whole, and twice."""
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise InputError(f"{path}: not a regular file; save what it holds to one, and give that")
+        raise InputError(f"{path}: not a regular file")
 
 
 def read_small(path: Path) -> str:
     """The text of a file that is small by its nature; a leading byte order mark is dropped."""
     check_regular(path)
     try:
-        if path.stat().st_size > SMALL:
-            raise InputError(f"{path}: larger than {SMALL >> 20} MB")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -79,9 +74,6 @@ def read_small(path: Path) -> str:
     if text.startswith(POINTER):
         raise InputError(f"{path}: a git-lfs pointer, not the file: run git lfs pull there")
     return text
-
-
-POINTER = "version https://git-lfs"
 
 
 def read_json(path: Path) -> dict:
@@ -109,36 +101,30 @@ def find_model(name: str, *, weights: bool = True) -> Path:
     name = NAMES.get(name, name)
     if os.path.isdir(name):
         return Path(name)
-    repo = name
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
-        raise InputError(f"model {name!r}: no such directory, and not one of {', '.join(NAMES)} "
-                         "or a hub id owner/name")
+    unknown = InputError(f"model {name!r}: no such directory, none of {', '.join(NAMES)}, and no "
+                         "repository owner/name of the hub (a private one needs: hf auth login)")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+        raise unknown
     try:
         # Their * also matches a slash; of the folders, only prompts/ is wanted.
         kinds = (["*.safetensors", "*.json", "*.jinja"] if weights
                  else ["config.json", "training.json"])
         return Path(snapshot_download(
-            repo, allow_patterns=[*kinds, *PROMPTS],
+            name, allow_patterns=[*kinds, *PROMPTS],
             ignore_patterns=["*/" + kind for kind in kinds]))
     except errors.GatedRepoError:
-        raise InputError(f"model {repo} is gated: accept its licence at "
-                         f"https://huggingface.co/{repo}, make a token "
-                         "at https://huggingface.co/settings/tokens, "
-                         "then run: hf auth login") from None
+        raise InputError(f"model {name} is gated: accept its licence at https://huggingface.co/"
+                         f"{name}, then run: hf auth login") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise InputError(f"model {repo}: no such directory, and the hub knows no such repository "
-                         "(or it is private: hf auth login). "
-                         f"Known names: {', '.join(NAMES)}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError,
-            OSError) as error:
-        raise InputError(f"model {repo}: the hub could not be reached ({type(error).__name__}) "
-                         "and no copy lies in the local cache. Where there is a network run: "
-                         f"hf download {repo} --local-dir DIR, and "
-                         "give DIR in place of the name") from None
+        raise unknown from None
+    except OSError as error:                            # offline, the hub's HTTP errors
+        raise InputError(f"model {name}: the hub could not be reached ({type(error).__name__}) and "
+                         "no copy is in the local cache. Where there is a network run: hf download "
+                         f"{name} --local-dir DIR, and give DIR in place of the name") from None
 
 
 def read_prompt(path, places=()) -> str:
-    """A prompt file's text, outer blanks removed; refused if empty, or without a {place}."""
+    """A prompt file's text, stripped; InputError if it is empty or lacks a {place}."""
     text = read_small(Path(path)).strip()
     if not text:
         raise InputError(f"{path}: nothing in it")
@@ -191,12 +177,10 @@ def load_function(spec: str):
     """The function that FILE:FUNCTION names; InputError where there is none."""
     path, _, name = spec.rpartition(":")
     check_regular(Path(path))
-    loader = SourceFileLoader(Path(path).stem, path)
-    module = ModuleType(loader.name)
     try:
-        loader.exec_module(module)
+        function = runpy.run_path(path).get(name)
     except Exception as error:                           # whatever the file itself does wrong
         raise InputError(f"{path}: {type(error).__name__}: {error}") from None
-    if not callable(getattr(module, name, None)):
+    if not callable(function):
         raise InputError(f"{path}: no function {name} in it")
-    return getattr(module, name)
+    return function

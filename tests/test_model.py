@@ -196,7 +196,7 @@ def test_a_config_that_this_forward_pass_does_not_do_is_refused(change, message)
     ("llama-3.2-3b", errors.GatedRepoError,
      ["meta-llama/Llama-3.2-3B-Instruct", "accept its licence", "hf auth login"]),
     ("nobody/nothing", errors.RepositoryNotFoundError,
-     ["nobody/nothing", "knows no such", "smollm2-135m"]),
+     ["nobody/nothing", "no repository", "smollm2-135m"]),
     ("smollm2-135m", errors.LocalEntryNotFoundError,
      ["could not be reached", "hf download", "--local-dir"]),
     ("smollm2-135m", errors.OfflineModeIsEnabled, ["could not be reached", "local cache"]),
