@@ -32,7 +32,6 @@ bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
 GB = 1e9
-LINUX = phases.resident("VmRSS") is not None
 
 
 def dry(**given):
@@ -333,7 +332,7 @@ def test_a_run_opens_with_its_budget_and_each_step_holds_peaks_and_speed(
     (m,) = metrics(world, "told")
     phases_of = ["challenge", "solve", "reward", "judge", "reference", "update"]
     assert list(m["phase_seconds"]) == list(m["peak_gb"]) == list(m["budget_gb"]) == phases_of
-    assert all(isinstance(peak, float) == LINUX for peak in m["peak_gb"].values())
+    assert not any(m["peak_gb"].values())                       # measured on a GPU only
     rates = m["tokens_per_second"]
     assert set(rates) == {"challenge", "solve", "reward", "judge", "update"}
     # 4 answers of 7 tokens, 2 queries of 6, all different.
@@ -344,17 +343,7 @@ def test_a_run_opens_with_its_budget_and_each_step_holds_peaks_and_speed(
     assert "memory of this host): fits" in opening
     line = out.split("\n")[[i for i, line in enumerate(out.split("\n"))
                             if line.startswith("step 1/1")][0] + 1]
-    assert re.search(r"^ +challenge .*solve .* tok/s.*update .* tok/s  peak", line)
-
-
-@pytest.mark.skipif(not LINUX, reason="peaks on the host are read from /proc")
-def test_a_phases_peak_is_its_own():
-    phase = phases.Phases()
-    for name, size in (("small", 10), ("large", 300), ("after", 10)):
-        with phase(name):
-            torch.ones(size * 250_000)                           # size MB
-    assert 0.29 < phase.peak_gb["large"] < 0.4
-    assert phase.peak_gb["small"] < 0.1 and phase.peak_gb["after"] < 0.1
+    assert re.search(r"^ +challenge .*solve .* tok/s.*update .* tok/s$", line)
 
 
 def test_a_run_from_before_these_settings_goes_on(world, monkeypatch):
