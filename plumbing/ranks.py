@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plumbing.cli import RunStopped, run_script
+from plumbing.cli import RunStopped
 from plumbing.files import InputError
 
 # How long the others wait for a rank. torchrun sees at once that one has ended; this is for one
@@ -51,23 +51,11 @@ def together(main):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():      # before its memory is read
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    code = 0
-    try:
-        run_script(lambda: to_the_end(main))
-    except SystemExit as end:
-        code = end.code
-    # Not through Python's own end: there a rank whose run was done was once seen to abort (PyTorch
-    # 2.13, gloo; probably a thread let go of a tensor), which torchrun takes for a failed rank.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def to_the_end(main):
-    """main(), then wait for the others; where one stops, all raise its reason or end with it."""
     try:
         main()
-        exchange(None)                 # rank 0 may still be writing
+        exchange(None)                       # rank 0 may still be writing
+        # Ends gloo's threads: one that let go of a tensor after Python's end aborted its process.
+        dist.destroy_process_group()
     except (InputError, RunStopped) as error:
         reason = agreed(error)
         if rank():
@@ -76,16 +64,13 @@ def to_the_end(main):
 
 
 def check(device: torch.device, queries: int):
-    """InputError where this rank has no query, or no GPU of its own; together() has made that
-    current."""
+    """InputError where this rank has no query, or no GPU of its own."""
     if world() > queries:
         raise InputError(f"{world()} processes and {queries} queries a step: each process needs a "
                          "query, --queries")
-    if world() > 1 and device.type == "cuda":
-        place, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if place >= found:
-            raise InputError(f"{place + 1} processes or more on a machine with {found} GPUs: "
-                             "torchrun --nproc-per-node takes at most one a GPU")
+    if device.type == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise InputError("torchrun --nproc-per-node: more processes than the machine has GPUs, "
+                         f"{torch.cuda.device_count()}")
 
 
 # ---------------------------------------------------------------- meetings
@@ -129,15 +114,13 @@ def agreed(error: Exception) -> Exception:
 
 
 def first(function):
-    """What function() returns, or why it fails, on rank 0, which alone calls it."""
-    value = error = None
-    if rank() == 0:
-        try:
-            value = function()
-        except (InputError, RunStopped) as reason:
-            error = reason
-    sent = exchange(value, error)[0]             # a copy, even of one's own
-    return sent if rank() else value
+    """What function() returns on rank 0, which alone calls it. Where it stops there, all ranks stop
+    here: rank 0 brings its reason to this meeting later (agreed)."""
+    if rank():
+        return exchange(None)[0]
+    value = function()
+    exchange(value)
+    return value
 
 
 # ---------------------------------------------------------------- parts
@@ -151,16 +134,13 @@ def slice_of(count: int, each: int = 1) -> slice:
 def gather(part):
     """All ranks' records of a dataclass as one, field by field: lists and tensors one after the
     other, counts added up."""
-    parts = exchange(part)
-
     def join(values: list):
         if isinstance(values[0], Tensor):
             return torch.cat(values)
         if isinstance(values[0], list):
             return sum(values, [])
         return added(values) if isinstance(values[0], dict) else values[0]
-    if len(parts) == 1:
-        return part
+    parts = exchange(part)
     return type(part)(**{name: join([getattr(p, name) for p in parts]) for name in vars(part)})
 
 
