@@ -2,13 +2,13 @@
 
     torchrun --nproc-per-node 8 train.py --model llama-3.2-3b --out runs/A --requeue
 
-Every process (rank) holds the models and plays its slice of the queries. Then they meet once
-(gather), and each knows the whole round: the advantages are those of one process. Each
-differentiates its slice, the gradients are summed, and all take the same step: weights stay alike
-bit for bit. Rank 0 alone writes and speaks. Without torchrun nothing here does anything.
+Every process (rank) holds all models and plays its slice of the queries. gather() gives every rank
+the whole round, so the advantages are those of one process. Each rank differentiates its slice, the
+gradients are summed, and all ranks take the same step: their weights stay equal bit for bit. Only
+rank 0 prints and writes files. Without torchrun these functions change nothing.
 
-Ranks meet in exchange(), and always all of them. One that must stop (a signal, no memory, a full
-disk) brings its reason to the next meeting, where it becomes everyone's.
+All ranks meet in exchange(). A rank that must stop (a signal, no memory, a full disk) sends its
+reason with the next exchange(); then all ranks stop for that reason.
 """
 import os
 import sys
@@ -23,8 +23,8 @@ from torch import Tensor
 from plumbing.cli import RunStopped
 from plumbing.files import InputError
 
-# How long the others wait for a rank. torchrun sees at once that one has ended; this is for one
-# that hangs, and must outlast the writing of a checkpoint and the longest difference in a phase.
+# How long the ranks wait for one that hangs. It must be longer than the writing of a checkpoint and
+# the largest difference between ranks in a phase. torchrun notices at once when one has ended.
 PATIENCE = timedelta(minutes=30)
 
 
@@ -37,13 +37,13 @@ def rank() -> int:
 
 
 def together(main):
-    """Call main() on each of torchrun's processes; where one stops, all do, and rank 0 says why."""
+    """Call main() on each of torchrun's processes. If one stops, all do, and rank 0 prints why."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return main()
     store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # torchrun keeps its store over a restart, and in it the addresses of the dead. (On several
-        # machines it counts restarts on each: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.)
+        # torchrun keeps its store after a restart, with the addresses of the ended processes.
+        # (Several machines count restarts apart; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps there.)
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                             store=store, rank=number, world_size=count, timeout=PATIENCE)
@@ -54,7 +54,7 @@ def together(main):
     try:
         main()
         exchange(None)                       # rank 0 may still be writing
-        # Ends gloo's threads: one that let go of a tensor after Python's end aborted its process.
+        # This ends gloo's threads: one that freed a tensor after Python's end aborted its process.
         dist.destroy_process_group()
     except (InputError, RunStopped) as error:
         reason = agreed(error)
@@ -77,7 +77,7 @@ def check(device: torch.device, queries: int):
 
 @contextmanager
 def peers():
-    """A meeting to which one does not come ends the run; what was saved before stays whole."""
+    """End the run if a rank does not take part; what was saved before stays whole."""
     try:
         yield
     except RuntimeError as error:
@@ -89,7 +89,7 @@ def peers():
 
 
 def exchange(value, error: Exception | None = None) -> list:
-    """What each rank brings, in their order; all raise the first error that one of them brings."""
+    """Each rank's value, in rank order. If a rank passes an error, all raise the first one."""
     brought = [(value, error)] * world()
     if world() > 1:
         with peers():
@@ -104,7 +104,7 @@ def exchange(value, error: Exception | None = None) -> list:
 
 
 def agreed(error: Exception) -> Exception:
-    """The reason for which all ranks stop, from this one's, which the others may not know yet."""
+    """The error for which all ranks stop; sends this rank's own unless all know it already."""
     try:
         if not getattr(error, "reported", False):
             exchange(None, error)
@@ -114,8 +114,8 @@ def agreed(error: Exception) -> Exception:
 
 
 def first(function):
-    """What function() returns on rank 0, which alone calls it. Where it stops there, all ranks stop
-    here: rank 0 brings its reason to this meeting later (agreed)."""
+    """Call function() on rank 0 only; returns its value on every rank. If it raises, rank 0 sends
+    the error from agreed(), and the other ranks raise it here."""
     if rank():
         return exchange(None)[0]
     value = function()
@@ -126,14 +126,14 @@ def first(function):
 # ---------------------------------------------------------------- parts
 
 def slice_of(count: int, each: int = 1) -> slice:
-    """This rank's part of `count` things of which each has `each` others: contiguous, in order."""
+    """This rank's contiguous part of `count` queries, or of their count * each answers."""
     W, n = world(), rank()
     return slice(each * (count * n // W), each * (count * (n + 1) // W))
 
 
 def gather(part):
-    """All ranks' records of a dataclass as one, field by field: lists and tensors one after the
-    other, counts added up."""
+    """All ranks' instances of a dataclass as one: lists and tensors are concatenated, counts are
+    summed, other fields are rank 0's."""
     def join(values: list):
         if isinstance(values[0], Tensor):
             return torch.cat(values)
@@ -153,18 +153,18 @@ def added(counts: list[dict]) -> Counter:
 
 
 def total(sums: Counter) -> Counter:
-    """All ranks' sums, added up."""
+    """The sum over all ranks, by key."""
     return added(exchange(sums))
 
 
 def spread(function, items: list) -> list:
-    """function(items), a list, of which each rank computes its part."""
+    """The list function(items); each rank computes its slice of it."""
     return sum(exchange(function(items[slice_of(len(items))])), [])
 
 
 def add_up(params: list[Tensor]):
-    """Sum each parameter's gradient over the ranks, in fp32 and in place. One that has none, having
-    had no rows, adds zeros."""
+    """Sum each parameter's gradient over the ranks, in fp32 and in place. A rank without rows adds
+    zeros."""
     if world() == 1:
         return
     for p in params:
@@ -175,7 +175,7 @@ def add_up(params: list[Tensor]):
 
 
 def alike(weights: list[Tensor]):
-    """Stop if a rank's fp32 weights are no longer rank 0's, bit for bit: nothing after is right."""
+    """Stop the run if a rank's fp32 weights are not rank 0's bit for bit."""
     if world() > 1:
         sums = exchange([w.detach().view(torch.int32).sum().item() for w in weights])
         for number, theirs in enumerate(sums):
