@@ -2,7 +2,6 @@
 named models and the hub, devices."""
 import json
 import os
-import re
 import runpy
 from pathlib import Path
 
@@ -29,11 +28,10 @@ POINTER = "version https://git-lfs"
 
 
 class InputError(Exception):
-    """Something the user gave is wrong;
-    the message is one line that names the file, the flag or the name."""
+    """Wrong input; the message is one line that names the file, the flag or the name."""
 
     def __str__(self):
-        """One line whatever a file or a flag held: characters that do not print are escaped."""
+        """One line of at most some 1,000 characters; those that do not print are escaped."""
         text = super().__str__()
         text = text if len(text) <= 1000 else f"{text[:600]} ... {text[-400:]}"
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -57,7 +55,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_regular(path: Path):
-    """InputError for a pipe, a device or a folder: files are read as a whole, and twice."""
+    """InputError for a pipe, a device or a folder. Files are read more than once."""
     if os.path.lexists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: not a regular file")
 
@@ -89,12 +87,12 @@ def read_json(path: Path) -> dict:
 
 
 def find_model(name: str, *, weights: bool = True) -> Path:
-    """A directory as it is; a known name or a hub id (owner/name) fetched from the hub,
-    or from its local cache.
+    """The directory of a model: `name` itself if it is one, else a known name's or hub id's
+    (owner/name), which is fetched from the hub or its local cache.
 
-    Only configuration, tokenizer, prompts and *.safetensors are fetched; weights=False:
-    config.json, preset and prompts alone, for what a budget needs, and not even these where
-    plumbing/shapes/ knows the name. InputError: gated, no network, unknown.
+    Only configuration, tokenizer, prompts and *.safetensors are fetched. weights=False: only
+    config.json, preset and prompts, which a memory budget needs, and nothing where
+    plumbing/shapes/ has the name. InputError: the model is gated or unknown, or no network.
     """
     if not weights and name in NAMES and (HERE / "plumbing/shapes" / name).is_dir():
         return HERE / "plumbing/shapes" / name
@@ -103,10 +101,10 @@ def find_model(name: str, *, weights: bool = True) -> Path:
         return Path(name)
     unknown = InputError(f"model {name!r}: no such directory, none of {', '.join(NAMES)}, and no "
                          "repository owner/name of the hub (a private one needs: hf auth login)")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+    if name.count("/") != 1:
         raise unknown
     try:
-        # Their * also matches a slash; of the folders, only prompts/ is wanted.
+        # In these patterns * also matches a slash. Of the folders, only prompts/ is wanted.
         kinds = (["*.safetensors", "*.json", "*.jinja"] if weights
                  else ["config.json", "training.json"])
         return Path(snapshot_download(
@@ -135,25 +133,24 @@ def read_prompt(path, places=()) -> str:
 
 
 def prompt_file(model_path: Path, name: str) -> Path:
-    """prompts/NAME.txt of the model's directory, if it has a language of its own, or ours."""
+    """prompts/NAME.txt of the model's directory if it brings one, else of this project."""
     own = inside(model_path, f"prompts/{name}.txt")
     return own if own.exists() else HERE / "prompts" / f"{name}.txt"
 
 
 def preset_of(folder: Path) -> dict:
-    """What a model's training.json says; empty without one."""
+    """The object in a model's training.json; {} without that file."""
     file = inside(folder, "training.json")
     return read_json(file) if file.exists() else {}
 
 
 def pick_device(name: str = "auto", path: Path | None = None) -> tuple[torch.device, torch.dtype]:
-    """The device of that name (auto: what the model at `path` asks for in its training.json, else
-    cuda, then mps, then cpu) and the dtype to compute in there.
+    """The device of that name and the dtype to compute in there. auto: the first that is available
+    of cuda, mps and cpu, or cpu if the training.json of the model at `path` says so.
 
-    bfloat16 on CUDA; fp32 elsewhere: most CPUs multiply bfloat16 several times slower than fp32,
-    and GPUs before Ampere (V100, T4, 20x0) have no units for it. Those could multiply fp16, but its
-    largest number is 65,504, which a Llama's residual stream and its gradients leave without loss
-    scaling, which we do not do: fp32 there is slower and right.
+    bfloat16 on CUDA, fp32 elsewhere. Most CPUs multiply bfloat16 several times slower than fp32.
+    GPUs before Ampere (V100, T4, 20x0) have no units for it, and fp16 would overflow: its largest
+    number is 65,504, and we do no loss scaling. So these compute in fp32: slower, but right.
     """
     available = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -166,7 +163,7 @@ def pick_device(name: str = "auto", path: Path | None = None) -> tuple[torch.dev
         # cuDNN's attention builds a plan for every new shape, and shapes change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
         # Models and batches differ in the sizes of their tensors: segments that can grow leave
-        # fewer gaps. Read when CUDA starts; what the user set stays.
+        # fewer gaps. PyTorch reads this when CUDA starts. What the user has set stays.
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:                  # its older name
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     rounded = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -174,7 +171,7 @@ def pick_device(name: str = "auto", path: Path | None = None) -> tuple[torch.dev
 
 
 def load_function(spec: str):
-    """The function that FILE:FUNCTION names; InputError where there is none."""
+    """The function that FILE:FUNCTION names; InputError if there is none."""
     path, _, name = spec.rpartition(":")
     check_regular(Path(path))
     try:
