@@ -52,12 +52,10 @@ def append_line(path: Path, *records: dict):
 
 def read_lines(path: Path) -> list[dict]:
     """The objects of a .jsonl file; [] without a file. A half-written last line is left out."""
-    if not path.exists():
-        return []
     records = []
     try:
-        *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        for line in lines:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.split("\n")[:-1]:
             records.append(json.loads(line))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}, line {len(records) + 1}: not JSON: {error}") from None

@@ -375,14 +375,6 @@ def test_out_of_memory_names_its_phase_and_two_switches(name, error, switches):
             raise RuntimeError("shape mismatch")
 
 
-def test_a_stopped_run_ends_a_script_in_one_line_with_its_code(capsys):
-    def main():
-        raise cli.RunStopped("the disk is full", 3)
-    with pytest.raises(SystemExit) as end:
-        cli.run_script(main)
-    assert end.value.code == 3 and capsys.readouterr().err.count("\n") == 1
-
-
 def test_a_skipped_update_is_told_on_the_steps_line():
     assert log.fault_text([{"query": 3, "answer": None, "what": "log-prob"}]) == (
         "log-prob of query 3 not finite")

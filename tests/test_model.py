@@ -210,17 +210,6 @@ def test_what_the_hub_refuses_is_said_in_words(monkeypatch, name, error, words):
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
-def test_a_named_model_is_fetched_without_its_pickles(monkeypatch, tmp_path):
-    asked = {}
-    def download(repo, **options):
-        asked.update(options, repo=repo)
-        return str(tmp_path)
-    monkeypatch.setattr(files_module, "snapshot_download", download)
-    assert find_model("smollm2-135m") == tmp_path
-    assert asked["repo"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert not any(p.endswith((".bin", ".pth", "*")) for p in asked["allow_patterns"])
-
-
 @pytest.mark.parametrize("name", ["lama", "a/b/c", "../nowhere/at/all", ""])
 def test_an_unknown_name_lists_the_known_ones(name):
     with pytest.raises(InputError, match="llama-3.2-1b"):
