@@ -415,7 +415,7 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, plan
             optimizer.save(folder / "state")
         now = state | {"step": step, "updates": optimizer.updates, "bad_steps": bad_steps}
         ranks.alike(optimizer.masters)
-        ranks.first(lambda: run.save(step, now, write, need=optimizer.bytes_on_disk(), keep=s.keep))
+        ranks.first(lambda: run.save(step, now, write, keep=s.keep))
         saved = step
 
     try:

@@ -16,20 +16,22 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import measure  # first: it puts the project's folder before bench/
 import torch
-from measure import Load
+from measure import Load, resident
 
 import train
 from model import Llama
-from plumbing import budget, phases
+from plumbing import budget
 from plumbing.cli import run_script
 from plumbing.config import parse_config
 from plumbing.files import InputError
 from plumbing.memory import MasterAdamW
+from plumbing.phases import Phases
 from plumbing.settings import Settings
 from rewards import SELF_REWARD, Judge, RewardModel
 from train import Game
@@ -95,18 +97,30 @@ def estimates(game: Game) -> dict[str, dict]:
     return plan.phases(game.settings)
 
 
+class HostPhases(Phases):
+    """Phases with the peak of this process's resident memory, GB above `idle`."""
+
+    @contextmanager
+    def __call__(self, name, model=None):
+        Path("/proc/self/clear_refs").write_text("5")    # the high-water mark starts anew
+        with super().__call__(name, model):
+            yield
+        self.peak_gb[name] = resident("VmHWM") - self.idle
+
+
 def child(load: Load, changes: dict) -> dict:
     """A step of one workload in this process: a record a phase, in GB."""
-    begun, libraries = time.perf_counter(), phases.resident("VmRSS")
+    begun, libraries = time.perf_counter(), resident("VmRSS")
     game, optimizer = set_up(load, changes)
     gc.collect()
-    game.phase.idle = idle = phases.resident("VmRSS")    # peaks are counted from here
+    game.phase = HostPhases()
+    game.phase.idle = idle = resident("VmRSS")           # peaks are counted from here
     r = train.play(game, 0)
     train.update(game, optimizer, r, 0)
     found = estimates(game)
     held = {part for part in budget.STATIC if part != "gradients"}
     work = lambda parts: sum(size for part, size in parts.items() if part not in held) / 1e9
-    return {"idle": (idle - libraries) / 1e9, "seconds": time.perf_counter() - begun,
+    return {"idle": idle - libraries, "seconds": time.perf_counter() - begun,
             "idle_estimate": (sum(found["solve"].values()) / 1e9 - work(found["solve"])),
             "phases": {name: {"measured": game.phase.peak_gb[name], "estimate": work(parts),
                               "parts": {part: size / 1e9 for part, size in parts.items()

@@ -189,7 +189,7 @@ def signalled(bench, game: str, out: Path, twice: bool) -> bool:
 def damaged(bench, game: str, out: Path, how: str) -> bool:
     """A copy of a run that was killed half-way, damaged, then resumed."""
     shutil.copytree(bench.half[game], out, symlinks=True)
-    newest = list(runs.Run(out).checkpoints().values())[-1]
+    newest = runs.Run(out).checkpoints()[-1]
     files = [file for file in newest.rglob("*") if file.is_file()]
     file = bench.random.choice(files)
     if how == "checkpoint left half-written":                  # as by a crash before the rename
@@ -235,7 +235,7 @@ def disk_full(bench, game: str, out: Path, mounted: bool) -> bool:
         limit = bench.random.randint(1000, size // 20)
     try:
         code = live(bench.world, out, game, spoil=spoil)
-        found = runs.Run(out).checkpoints().values()
+        found = runs.Run(out).checkpoints()
         kept = len(found) == sum(runs.damage(path) is None for path in found)
         said = Path(f"{out}.log").read_text().strip().split("\n")[-1]
         stopped = code == 0 or code == 3 and "could not be written" in said

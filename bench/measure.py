@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -46,6 +47,12 @@ SHAPES = {
     "llama-3.2-1b": known("llama-3.2-1b"),
     "llama-3.2-3b": known("llama-3.2-3b"),
 }
+
+
+def resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (the most since the last reset) of this process, GB."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024 / 1e9
 
 
 # ---------------------------------------------------------------- a workload and its model

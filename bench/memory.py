@@ -11,7 +11,6 @@ can lie a little above what the tensors need; that holds for all sides alike.
 """
 import gc
 import json
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import sampler
 import step
 import torch
-from measure import Load
+from measure import Load, resident
 
 from plumbing.cli import run_script
 
@@ -29,12 +28,6 @@ PREPARE = {"sampler": sampler.prepare, "update": step.prepare_update, "grpo": st
 # A peer beside ours: in it the (B, T, V) tensors must show, else the measurement is blind.
 SLOPES = [("sampler", "ours"), ("update", "ours"), ("grpo", "ours"),
           ("update", "transformers-kept")]
-
-
-def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (the most since the last reset) of this process, GB."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024 / 1e9
 
 
 def child(what: str, side: str, load: Load) -> dict:

@@ -74,7 +74,7 @@ def main():
         assert run.returncode == 0
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         whole = [line["step"] for line in lines] == list(range(1, args.steps + 1)) and all(
-            runs.damage(path) is None for path in runs.Run(out).checkpoints().values())
+            runs.damage(path) is None for path in runs.Run(out).checkpoints())
     early, late = sorted(seen)[1:6], sorted(seen)[-5:]       # 5 of 20 windows each
     mean = lambda steps, column: statistics.mean(seen[step][column] for step in steps)
     record = {"steps": args.steps, "files_whole": whole,

@@ -2,10 +2,8 @@
 named models and the hub, devices."""
 import json
 import os
-import re
-from importlib.machinery import SourceFileLoader
+import runpy
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from huggingface_hub import errors, snapshot_download  # comes with tokenizers
@@ -26,51 +24,46 @@ NAMES = {
 PROMPTS = tuple(f"prompts/{name}.txt" for name in (
     "challenger", "self_reward", "asr", "msr", "verdict", "verdict_strict"))
 SMALL = 64 * 2**20      # bytes: the largest tokenizer.json are about 35 million
+POINTER = "version https://git-lfs"
 
 
 class InputError(Exception):
-    """Something the user gave is wrong;
-    the message is one line that names the file, the flag or the name."""
+    """Wrong input; the message is one line that names the file, the flag or the name."""
 
     def __str__(self):
-        """One line whatever a file or a flag held: characters that do not print are escaped."""
+        """One line of at most some 1,000 characters; those that do not print are escaped."""
         text = super().__str__()
         text = text if len(text) <= 1000 else f"{text[:600]} ... {text[-400:]}"
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def inside(folder: Path, name: str) -> Path:
-    """folder/name; InputError if it leads out of the folder, or is no plain file.
+    """folder/name; InputError if it leads out of the folder, or is not a regular file.
 
-    A stranger's link must not make us read a file that lies elsewhere, and carry it into
-    checkpoints. The hub's cache counts as one folder: snapshots/REVISION/x -> ../../blobs/HASH.
+    A stranger's link must not make us read a file elsewhere and copy it into checkpoints. The
+    hub's cache counts as one folder: snapshots/REVISION/x -> ../../blobs/HASH.
     """
-    try:
-        file, home = (Path(os.path.realpath(p)) for p in (folder / name, folder))
-    except ValueError:                                           # a null byte, half a character
-        raise InputError(f"{folder / name} cannot be a file's name") from None
+    if not name.isprintable():
+        raise InputError(f"{folder / name} cannot be a file's name")
+    file, home = (Path(os.path.realpath(p)) for p in (folder / name, folder))
     home = home.parent.parent if home.parent.name == "snapshots" else home
-    # Weights may be linked to another disk: they are read as numbers, and carried nowhere.
+    # Weights may be linked to another disk: they are read as numbers and never copied.
     if not file.is_relative_to(home) and not name.endswith(".safetensors"):
-        raise InputError(f"{folder / name} is a link out of its directory: put the file itself "
-                         "there")
-    if os.path.exists(file) and not os.path.isfile(file):    # unlike Path's, these never raise
-        raise InputError(f"{folder / name} is not a file")
+        raise InputError(f"{folder / name} is a link out of its directory: put the file there")
+    check_regular(folder / name)
     return folder / name
 
 
 def check_regular(path: Path):
-    """InputError for a pipe, a device or a folder: a file is read whole, and more than once."""
+    """InputError for a pipe, a device or a folder. Files are read more than once."""
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise InputError(f"{path}: not a regular file; save what it holds to one, and give that")
+        raise InputError(f"{path}: not a regular file")
 
 
 def read_small(path: Path) -> str:
     """The text of a file that is small by its nature; a leading byte order mark is dropped."""
     check_regular(path)
     try:
-        if path.stat().st_size > SMALL:
-            raise InputError(f"{path}: larger than {SMALL >> 20} MB")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -79,9 +72,6 @@ def read_small(path: Path) -> str:
     if text.startswith(POINTER):
         raise InputError(f"{path}: a git-lfs pointer, not the file: run git lfs pull there")
     return text
-
-
-POINTER = "version https://git-lfs"
 
 
 def read_json(path: Path) -> dict:
@@ -97,48 +87,42 @@ def read_json(path: Path) -> dict:
 
 
 def find_model(name: str, *, weights: bool = True) -> Path:
-    """A directory as it is; a known name or a hub id (owner/name) fetched from the hub,
-    or from its local cache.
+    """The directory of a model: `name` itself if it is one, else a known name's or hub id's
+    (owner/name), which is fetched from the hub or its local cache.
 
-    Only configuration, tokenizer, prompts and *.safetensors are fetched; weights=False:
-    config.json, preset and prompts alone, for what a budget needs, and not even these where
-    plumbing/shapes/ knows the name. InputError: gated, no network, unknown.
+    Only configuration, tokenizer, prompts and *.safetensors are fetched. weights=False: only
+    config.json, preset and prompts, which a memory budget needs, and nothing where
+    plumbing/shapes/ has the name. InputError: the model is gated or unknown, or no network.
     """
     if not weights and name in NAMES and (HERE / "plumbing/shapes" / name).is_dir():
         return HERE / "plumbing/shapes" / name
     name = NAMES.get(name, name)
     if os.path.isdir(name):
         return Path(name)
-    repo = name
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
-        raise InputError(f"model {name!r}: no such directory, and not one of {', '.join(NAMES)} "
-                         "or a hub id owner/name")
+    unknown = InputError(f"model {name!r}: no such directory, none of {', '.join(NAMES)}, and no "
+                         "repository owner/name of the hub (a private one needs: hf auth login)")
+    if name.count("/") != 1:
+        raise unknown
     try:
-        # Their * also matches a slash; of the folders, only prompts/ is wanted.
+        # In these patterns * also matches a slash. Of the folders, only prompts/ is wanted.
         kinds = (["*.safetensors", "*.json", "*.jinja"] if weights
                  else ["config.json", "training.json"])
         return Path(snapshot_download(
-            repo, allow_patterns=[*kinds, *PROMPTS],
+            name, allow_patterns=[*kinds, *PROMPTS],
             ignore_patterns=["*/" + kind for kind in kinds]))
     except errors.GatedRepoError:
-        raise InputError(f"model {repo} is gated: accept its licence at "
-                         f"https://huggingface.co/{repo}, make a token "
-                         "at https://huggingface.co/settings/tokens, "
-                         "then run: hf auth login") from None
+        raise InputError(f"model {name} is gated: accept its licence at https://huggingface.co/"
+                         f"{name}, then run: hf auth login") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise InputError(f"model {repo}: no such directory, and the hub knows no such repository "
-                         "(or it is private: hf auth login). "
-                         f"Known names: {', '.join(NAMES)}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError,
-            OSError) as error:
-        raise InputError(f"model {repo}: the hub could not be reached ({type(error).__name__}) "
-                         "and no copy lies in the local cache. Where there is a network run: "
-                         f"hf download {repo} --local-dir DIR, and "
-                         "give DIR in place of the name") from None
+        raise unknown from None
+    except OSError as error:                            # offline, the hub's HTTP errors
+        raise InputError(f"model {name}: the hub could not be reached ({type(error).__name__}) and "
+                         "no copy is in the local cache. Where there is a network run: hf download "
+                         f"{name} --local-dir DIR, and give DIR in place of the name") from None
 
 
 def read_prompt(path, places=()) -> str:
-    """A prompt file's text, outer blanks removed; refused if empty, or without a {place}."""
+    """A prompt file's text, stripped; InputError if it is empty or lacks a {place}."""
     text = read_small(Path(path)).strip()
     if not text:
         raise InputError(f"{path}: nothing in it")
@@ -149,25 +133,24 @@ def read_prompt(path, places=()) -> str:
 
 
 def prompt_file(model_path: Path, name: str) -> Path:
-    """prompts/NAME.txt of the model's directory, if it has a language of its own, or ours."""
+    """prompts/NAME.txt of the model's directory if it brings one, else of this project."""
     own = inside(model_path, f"prompts/{name}.txt")
     return own if own.exists() else HERE / "prompts" / f"{name}.txt"
 
 
 def preset_of(folder: Path) -> dict:
-    """What a model's training.json says; empty without one."""
+    """The object in a model's training.json; {} without that file."""
     file = inside(folder, "training.json")
     return read_json(file) if file.exists() else {}
 
 
 def pick_device(name: str = "auto", path: Path | None = None) -> tuple[torch.device, torch.dtype]:
-    """The device of that name (auto: what the model at `path` asks for in its training.json, else
-    cuda, then mps, then cpu) and the dtype to compute in there.
+    """The device of that name and the dtype to compute in there. auto: the first that is available
+    of cuda, mps and cpu, or cpu if the training.json of the model at `path` says so.
 
-    bfloat16 on CUDA; fp32 elsewhere: most CPUs multiply bfloat16 several times slower than fp32,
-    and GPUs before Ampere (V100, T4, 20x0) have no units for it. Those could multiply fp16, but its
-    largest number is 65,504, which a Llama's residual stream and its gradients leave without loss
-    scaling, which we do not do: fp32 there is slower and right.
+    bfloat16 on CUDA, fp32 elsewhere. Most CPUs multiply bfloat16 several times slower than fp32.
+    GPUs before Ampere (V100, T4, 20x0) have no units for it, and fp16 would overflow: its largest
+    number is 65,504, and we do no loss scaling. So these compute in fp32: slower, but right.
     """
     available = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -180,7 +163,7 @@ def pick_device(name: str = "auto", path: Path | None = None) -> tuple[torch.dev
         # cuDNN's attention builds a plan for every new shape, and shapes change with every batch.
         torch.backends.cuda.enable_cudnn_sdp(False)
         # Models and batches differ in the sizes of their tensors: segments that can grow leave
-        # fewer gaps. Read when CUDA starts; what the user set stays.
+        # fewer gaps. PyTorch reads this when CUDA starts. What the user has set stays.
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:                  # its older name
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     rounded = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -188,15 +171,13 @@ def pick_device(name: str = "auto", path: Path | None = None) -> tuple[torch.dev
 
 
 def load_function(spec: str):
-    """The function that FILE:FUNCTION names; InputError where there is none."""
+    """The function that FILE:FUNCTION names; InputError if there is none."""
     path, _, name = spec.rpartition(":")
     check_regular(Path(path))
-    loader = SourceFileLoader(Path(path).stem, path)
-    module = ModuleType(loader.name)
     try:
-        loader.exec_module(module)
+        function = runpy.run_path(path).get(name)
     except Exception as error:                           # whatever the file itself does wrong
         raise InputError(f"{path}: {type(error).__name__}: {error}") from None
-    if not callable(getattr(module, name, None)):
+    if not callable(function):
         raise InputError(f"{path}: no function {name} in it")
-    return getattr(module, name)
+    return function

@@ -1,33 +1,29 @@
 """What a reader may skip: the phases of a step, and what can end one.
 
 Signals are handled between phases. Out of memory is reported with the phase's name. Each phase
-records its seconds and its peak memory.
+records its seconds and, on a GPU, its peak memory.
 """
-import os
-import re
 import signal
+import sys
 import time
 import traceback
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 
 from plumbing import ranks
 from plumbing.cli import RunStopped
 
-# ---------------------------------------------------------------- signals
-
 
 class StopRequest:
-    """SIGINT and SIGTERM, while it is entered: the phase in hand is finished, then check() raises.
+    """SIGINT and SIGTERM while it is entered: the running phase is finished, then check() raises.
 
-    A second signal kills at once, as the system does by default: all that can then happen to a
-    run's folder, kill -9 does too (tests/test_faults.py).
+    A second signal ends the process at once, as by default. It can leave nothing in a run's folder
+    that kill -9 cannot (tests/test_faults.py).
     """
 
     def __init__(self):
-        self.signal = 0
+        self.signal = None
 
     def __enter__(self):
         self.before = {n: signal.signal(n, self._take) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -38,23 +34,20 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _take(self, number, frame):
-        self.signal = number
+        self.signal = signal.Signals(number)
         for n in self.before:
             signal.signal(n, signal.SIG_DFL)
         if ranks.rank() == 0:
-            with suppress(OSError):              # not print(), which may be what it interrupted
-                os.write(2, f"\n{signal.Signals(number).name}: finishing this phase, then saving "
-                            "(again: stop at once)\n".encode())
+            print(f"\n{self.signal.name}: finishing this phase, then saving (again: stop at once)",
+                  file=sys.stderr)
 
     def check(self):
         if self.signal:
-            raise RunStopped(f"{signal.Signals(self.signal).name}: stopped", 128 + self.signal)
+            raise RunStopped(f"{self.signal.name}: stopped", 128 + self.signal)
 
 
-# ---------------------------------------------------------------- phases, memory
-
-# What lowers each phase's peak. Batch tokens change nothing that is learnt, so that a run may be
-# resumed with fewer; the token limits are another run's.
+# Flags that lower each phase's peak. Batch tokens do not change what is learnt, so a run may be
+# resumed with fewer; with another token limit it is another run.
 SWITCHES = {"challenge": "--batch-tokens or --query-tokens",
             "judge": "--batch-tokens or --judge-tokens",
             "reference": "--micro-batch-tokens or --answer-tokens",
@@ -67,43 +60,15 @@ def out_of_memory(error: Exception) -> bool:
             or "can't allocate memory" in str(error))
 
 
-def resident(field: str) -> int | None:
-    """Bytes of this process in memory: VmRSS, now, or VmHWM, the most since forget_peak(). None
-    where there is no /proc (only Linux has it)."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text())[1]) * 1024
-
-
-def forget_peak():
-    """From here on peak() counts anew. A GPU's tensors are counted by torch, a host's pages by the
-    kernel; where it does not let us reset them, peaks are those of the whole run so far."""
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(idle: int | None) -> float | None:
-    """GB of tensors at most since forget_peak(): on a GPU, or, beside what the process had when it
-    was idle, on the host. None where nobody counts."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 1e9
-    most = resident("VmHWM")
-    return None if most is None or idle is None else (most - idle) / 1e9
-
-
 class Phases:
-    """Times and weighs the phases of a step, names the one that ran out of memory, stops between
-    them. Made before the models are: what is resident then is idle.
+    """Measures the phases of a step, reports the one that ran out of memory, stops between them.
 
     A phase names the model that works in it; where models are offloaded, `stage` loads that one.
+    seconds: by phase. peak_gb: GB of tensors at most, by phase; None where there is no CUDA.
     """
 
     def __init__(self):
         self.stop, self.seconds, self.peak_gb = StopRequest(), {}, {}
-        self.idle = resident("VmRSS")
         self.stage = None                      # memory.Stage, with --offload
 
     def reset(self):
@@ -118,7 +83,8 @@ class Phases:
     @contextmanager
     def __call__(self, name: str, model=None):
         self.stop.check()
-        forget_peak()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
         try:
             self.load(model)
@@ -126,9 +92,10 @@ class Phases:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            traceback.clear_frames(error.__traceback__)    # the pass's tensors, before the saving
+            traceback.clear_frames(error.__traceback__)    # frees the pass's tensors before saving
             lower = SWITCHES.get(name, "--batch-tokens or --answer-tokens")
             raise RunStopped(f"out of memory in phase {name} (lower {lower}): "
                              + (str(error) or "MemoryError").splitlines()[0]) from None
         self.seconds[name] = time.perf_counter() - begun
-        self.peak_gb[name] = peak(self.idle)
+        self.peak_gb[name] = (torch.cuda.max_memory_allocated() / 1e9
+                              if torch.cuda.is_initialized() else None)

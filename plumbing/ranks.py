@@ -2,13 +2,13 @@
 
     torchrun --nproc-per-node 8 train.py --model llama-3.2-3b --out runs/A --requeue
 
-Every process (rank) holds the models and plays its slice of the queries. Then they meet once
-(gather), and each knows the whole round: the advantages are those of one process. Each
-differentiates its slice, the gradients are summed, and all take the same step: weights stay alike
-bit for bit. Rank 0 alone writes and speaks. Without torchrun nothing here does anything.
+Every process (rank) holds all models and plays its slice of the queries. gather() gives every rank
+the whole round, so the advantages are those of one process. Each rank differentiates its slice, the
+gradients are summed, and all ranks take the same step: their weights stay equal bit for bit. Only
+rank 0 prints and writes files. Without torchrun these functions change nothing.
 
-Ranks meet in exchange(), and always all of them. One that must stop (a signal, no memory, a full
-disk) brings its reason to the next meeting, where it becomes everyone's.
+All ranks meet in exchange(). A rank that must stop (a signal, no memory, a full disk) sends its
+reason with the next exchange(); then all ranks stop for that reason.
 """
 import os
 import sys
@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plumbing.cli import RunStopped, run_script
+from plumbing.cli import RunStopped
 from plumbing.files import InputError
 
-# How long the others wait for a rank. torchrun sees at once that one has ended; this is for one
-# that hangs, and must outlast the writing of a checkpoint and the longest difference in a phase.
+# How long the ranks wait for one that hangs. It must be longer than the writing of a checkpoint and
+# the largest difference between ranks in a phase. torchrun notices at once when one has ended.
 PATIENCE = timedelta(minutes=30)
 
 
@@ -37,13 +37,13 @@ def rank() -> int:
 
 
 def together(main):
-    """Call main() on each of torchrun's processes; where one stops, all do, and rank 0 says why."""
+    """Call main() on each of torchrun's processes. If one stops, all do, and rank 0 prints why."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return main()
     store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # torchrun keeps its store over a restart, and in it the addresses of the dead. (On several
-        # machines it counts restarts on each: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps.)
+        # torchrun keeps its store after a restart, with the addresses of the ended processes.
+        # (Several machines count restarts apart; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps there.)
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                             store=store, rank=number, world_size=count, timeout=PATIENCE)
@@ -51,23 +51,11 @@ def together(main):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():      # before its memory is read
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    code = 0
-    try:
-        run_script(lambda: to_the_end(main))
-    except SystemExit as end:
-        code = end.code
-    # Not through Python's own end: there a rank whose run was done was once seen to abort (PyTorch
-    # 2.13, gloo; probably a thread let go of a tensor), which torchrun takes for a failed rank.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def to_the_end(main):
-    """main(), then wait for the others; where one stops, all raise its reason or end with it."""
     try:
         main()
-        exchange(None)                 # rank 0 may still be writing
+        exchange(None)                       # rank 0 may still be writing
+        # This ends gloo's threads: one that freed a tensor after Python's end aborted its process.
+        dist.destroy_process_group()
     except (InputError, RunStopped) as error:
         reason = agreed(error)
         if rank():
@@ -76,23 +64,20 @@ def to_the_end(main):
 
 
 def check(device: torch.device, queries: int):
-    """InputError where this rank has no query, or no GPU of its own; together() has made that
-    current."""
+    """InputError where this rank has no query, or no GPU of its own."""
     if world() > queries:
         raise InputError(f"{world()} processes and {queries} queries a step: each process needs a "
                          "query, --queries")
-    if world() > 1 and device.type == "cuda":
-        place, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if place >= found:
-            raise InputError(f"{place + 1} processes or more on a machine with {found} GPUs: "
-                             "torchrun --nproc-per-node takes at most one a GPU")
+    if device.type == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise InputError("torchrun --nproc-per-node: more processes than the machine has GPUs, "
+                         f"{torch.cuda.device_count()}")
 
 
 # ---------------------------------------------------------------- meetings
 
 @contextmanager
 def peers():
-    """A meeting to which one does not come ends the run; what was saved before stays whole."""
+    """End the run if a rank does not take part; what was saved before stays whole."""
     try:
         yield
     except RuntimeError as error:
@@ -104,7 +89,7 @@ def peers():
 
 
 def exchange(value, error: Exception | None = None) -> list:
-    """What each rank brings, in their order; all raise the first error that one of them brings."""
+    """Each rank's value, in rank order. If a rank passes an error, all raise the first one."""
     brought = [(value, error)] * world()
     if world() > 1:
         with peers():
@@ -119,7 +104,7 @@ def exchange(value, error: Exception | None = None) -> list:
 
 
 def agreed(error: Exception) -> Exception:
-    """The reason for which all ranks stop, from this one's, which the others may not know yet."""
+    """The error for which all ranks stop; sends this rank's own unless all know it already."""
     try:
         if not getattr(error, "reported", False):
             exchange(None, error)
@@ -129,38 +114,33 @@ def agreed(error: Exception) -> Exception:
 
 
 def first(function):
-    """What function() returns, or why it fails, on rank 0, which alone calls it."""
-    value = error = None
-    if rank() == 0:
-        try:
-            value = function()
-        except (InputError, RunStopped) as reason:
-            error = reason
-    sent = exchange(value, error)[0]             # a copy, even of one's own
-    return sent if rank() else value
+    """Call function() on rank 0 only; returns its value on every rank. If it raises, rank 0 sends
+    the error from agreed(), and the other ranks raise it here."""
+    if rank():
+        return exchange(None)[0]
+    value = function()
+    exchange(value)
+    return value
 
 
 # ---------------------------------------------------------------- parts
 
 def slice_of(count: int, each: int = 1) -> slice:
-    """This rank's part of `count` things of which each has `each` others: contiguous, in order."""
+    """This rank's contiguous part of `count` queries, or of their count * each answers."""
     W, n = world(), rank()
     return slice(each * (count * n // W), each * (count * (n + 1) // W))
 
 
 def gather(part):
-    """All ranks' records of a dataclass as one, field by field: lists and tensors one after the
-    other, counts added up."""
-    parts = exchange(part)
-
+    """All ranks' instances of a dataclass as one: lists and tensors are concatenated, counts are
+    summed, other fields are rank 0's."""
     def join(values: list):
         if isinstance(values[0], Tensor):
             return torch.cat(values)
         if isinstance(values[0], list):
             return sum(values, [])
         return added(values) if isinstance(values[0], dict) else values[0]
-    if len(parts) == 1:
-        return part
+    parts = exchange(part)
     return type(part)(**{name: join([getattr(p, name) for p in parts]) for name in vars(part)})
 
 
@@ -179,13 +159,13 @@ def total(sums: dict[str, Tensor]) -> Counter:
 
 
 def spread(function, items: list) -> list:
-    """function(items), a list, of which each rank computes its part."""
+    """The list function(items); each rank computes its slice of it."""
     return sum(exchange(function(items[slice_of(len(items))])), [])
 
 
 def add_up(params: list[Tensor]):
-    """Sum each parameter's gradient over the ranks, in fp32 and in place. One that has none, having
-    had no rows, adds zeros."""
+    """Sum each parameter's gradient over the ranks, in fp32 and in place. A rank without rows adds
+    zeros."""
     if world() == 1:
         return
     for p in params:
@@ -196,7 +176,7 @@ def add_up(params: list[Tensor]):
 
 
 def alike(weights: list[Tensor]):
-    """Stop if a rank's fp32 weights are no longer rank 0's, bit for bit: nothing after is right."""
+    """Stop the run if a rank's fp32 weights are not rank 0's bit for bit."""
     if world() > 1:
         sums = exchange([w.detach().view(torch.int32).sum().item() for w in weights])
         for number, theirs in enumerate(sums):

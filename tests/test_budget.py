@@ -32,7 +32,6 @@ bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
 GB = 1e9
-LINUX = phases.resident("VmRSS") is not None
 
 
 def dry(**given):
@@ -333,7 +332,7 @@ def test_a_run_opens_with_its_budget_and_each_step_holds_peaks_and_speed(
     (m,) = metrics(world, "told")
     phases_of = ["challenge", "solve", "reward", "judge", "reference", "update"]
     assert list(m["phase_seconds"]) == list(m["peak_gb"]) == list(m["budget_gb"]) == phases_of
-    assert all(isinstance(peak, float) == LINUX for peak in m["peak_gb"].values())
+    assert not any(m["peak_gb"].values())                       # measured on a GPU only
     rates = m["tokens_per_second"]
     assert set(rates) == {"challenge", "solve", "reward", "judge", "update"}
     # 4 answers of 7 tokens, 2 queries of 6, all different.
@@ -343,17 +342,7 @@ def test_a_run_opens_with_its_budget_and_each_step_holds_peaks_and_speed(
     assert f"peaks, MB     challenge {1000 * m['budget_gb']['challenge']:.2f}  solve" in opening
     assert "memory of this host): fits" in opening
     below = out[out.index("\n      1/1  "):]
-    assert re.search(r"\n +challenge .*solve .* tok/s[^$]*update .* tok/s\s+peak", below)
-
-
-@pytest.mark.skipif(not LINUX, reason="peaks on the host are read from /proc")
-def test_a_phases_peak_is_its_own():
-    phase = phases.Phases()
-    for name, size in (("small", 10), ("large", 300), ("after", 10)):
-        with phase(name):
-            torch.ones(size * 250_000)                           # size MB
-    assert 0.29 < phase.peak_gb["large"] < 0.4
-    assert phase.peak_gb["small"] < 0.1 and phase.peak_gb["after"] < 0.1
+    assert re.search(r"\n +challenge .*solve .* tok/s[^$]*update .* tok/s", below)
 
 
 def test_a_run_whose_settings_lack_one_is_not_resumed(world, monkeypatch):

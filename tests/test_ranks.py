@@ -264,21 +264,17 @@ def no_memory():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_a_rank_without_memory_stops_all_with_a_checkpoint_of_the_last_whole_step():
-    codes, said = play(2, "--out", "full", game="grpo", spoil=lambda number: number and at_step(
-        rewards, "last_hidden", 4, no_memory))             # the 3rd step's; 1st: evaluation
+@pytest.mark.parametrize("phase, module, name, call", [
+    ("reward", rewards, "last_hidden", 4),                 # the 3rd step's; 1st: evaluation
+    ("update", train, "accumulate", 5)])                   # two a step: the 3rd step's
+def test_a_rank_without_memory_stops_all_with_a_checkpoint_of_the_last_whole_step(
+        phase, module, name, call):
+    codes, said = play(2, "--out", phase, game="grpo", spoil=lambda number: number and at_step(
+        module, name, call, no_memory))
     assert codes == [3, 3] and "Traceback" not in said
-    assert said.splitlines()[-1].startswith("train.py: rank 1: out of memory in phase reward")
+    assert said.splitlines()[-1].startswith(f"train.py: rank 1: out of memory in phase {phase}")
     assert "newest whole checkpoint: checkpoint-000002" in said
-    assert runs.damage(Path("full/checkpoint-000002")) is None
-
-
-def test_a_rank_without_memory_in_the_update_stops_all_too():
-    codes, said = play(2, "--out", "narrow", game="grpo", spoil=lambda number: number and at_step(
-        train, "accumulate", 5, no_memory))                # two a step: the 3rd step's
-    assert codes == [3, 3] and "Traceback" not in said
-    assert "rank 1: out of memory in phase update (lower --micro-batch-tokens" in said
-    assert "newest whole checkpoint: checkpoint-000002" in said
+    assert runs.damage(Path(phase, "checkpoint-000002")) is None
 
 
 def test_a_disk_that_is_full_stops_all_whether_a_line_or_a_checkpoint_could_not_be_written():
