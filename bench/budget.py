@@ -37,8 +37,9 @@ from rewards import SELF_REWARD, Judge, RewardModel
 from train import Game
 
 MODEL = Load("smollm2-135m")
-GAME = dict(model="random", reward="random", queries=16, answers=4, query_tokens=96,
+GAME = dict(model="random", reward="random", device="cpu", queries=16, answers=4, query_tokens=96,
             answer_tokens=64, judge_tokens=8, self_reward="generate", micro_batch_tokens=2048)
+WORK = ("gradients", "cache", "activations")         # what a phase takes beside what stays
 # Weights of three models with AdamW's moments 2.7 GB, and enough texts that each phase takes more
 # than the 10 to 20 MB that are no tensors.
 WORKLOADS = {
@@ -93,7 +94,7 @@ def estimates(game: Game) -> dict[str, dict]:
     text = {"challenger": CHALLENGER, "judge": budget.TURN + RUBRIC, "rubric": RUBRIC,
             "shown": game.settings.query_tokens}
     plan = budget.Plan(game.settings, {role: model.config for role, model in roles.items()},
-                       train.MEASURED, text=text, on=budget.Machine("cpu", 4, 1e12, "none"))
+                       train.MEASURED, text)
     return plan.phases(game.settings)
 
 
@@ -118,13 +119,12 @@ def child(load: Load, changes: dict) -> dict:
     r = train.play(game, 0)
     train.update(game, optimizer, r, 0)
     found = estimates(game)
-    held = {part for part in budget.STATIC if part != "gradients"}
-    work = lambda parts: sum(size for part, size in parts.items() if part not in held) / 1e9
+    work = lambda parts: sum(parts.get(part, 0) for part in WORK) / 1e9
     return {"idle": idle - libraries, "seconds": time.perf_counter() - begun,
             "idle_estimate": (sum(found["solve"].values()) / 1e9 - work(found["solve"])),
             "phases": {name: {"measured": game.phase.peak_gb[name], "estimate": work(parts),
-                              "parts": {part: size / 1e9 for part, size in parts.items()
-                                        if part not in held}} for name, parts in found.items()}}
+                              "parts": {part: parts[part] / 1e9 for part in WORK
+                                        if part in parts}} for name, parts in found.items()}}
 
 
 def table(results: dict[str, dict]) -> str:

@@ -13,16 +13,15 @@ from os.path import commonprefix
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def pad(rows: list, device, dtype=torch.long) -> tuple[Tensor, Tensor]:
     """Lists as one tensor padded on the right
     (with 0: masks come from lengths) and their lengths."""
     lengths = torch.tensor([len(row) for row in rows], device=device)        # (B,)
-    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)        # (B, T)
-    for out, row in zip(padded, rows):
-        out[:len(row)] = torch.tensor(row, dtype=dtype)
-    return padded.to(device), lengths
+    tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+    return pad_sequence(tensors, batch_first=True).to(device), lengths       # (B, T), (B,)
 
 
 class Cache:
@@ -32,10 +31,9 @@ class Cache:
     def __init__(self, config, rows: int, size: int, *, device, dtype):
         # Zeros: a masked NaN would still be NaN.
         shape = (rows, config.num_key_value_heads, size, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype)
-                  for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype)
-                  for _ in range(config.num_hidden_layers)]
+        zeros = lambda _: torch.zeros(shape, device=device, dtype=dtype)
+        self.k = list(map(zeros, range(config.num_hidden_layers)))
+        self.v = list(map(zeros, range(config.num_hidden_layers)))
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)    # (B,)
         self.used = 0            # no row is longer: attention reads no further
         self.fixed = False       # a captured step always reads `used`, which its caller looks after

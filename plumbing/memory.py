@@ -8,6 +8,7 @@ from the same operands as without. On a CPU the run is the same bit for bit
 pass adds in no fixed order.
 """
 import math
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -52,10 +53,8 @@ class MasterAdamW:
             # it, in fp32 (test_a_bf16_policy_follows_its_masters_and_gradients_add_up_in_fp32).
             p.grad_dtype = None                # any: by default .grad must have the weight's dtype
             p.register_post_accumulate_grad_hook(widen)
-        empty = host_buffers if offload else lambda like: list(map(torch.empty_like, like))
-        self.exp_avg, self.exp_avg_sq = empty(self.masters), empty(self.masters)
-        for moment in self.exp_avg + self.exp_avg_sq:
-            moment.zero_()
+        zeros = host_buffers if offload else lambda like: [torch.zeros_like(t) for t in like]
+        self.exp_avg, self.exp_avg_sq = zeros(self.masters), zeros(self.masters)
 
     @torch.no_grad()
     def step(self, learning_rate: float, clip: float) -> float:
@@ -63,11 +62,16 @@ class MasterAdamW:
         that is not finite, nothing moves."""
         ranks.add_up(self.params)
         norm = nn.utils.clip_grad_norm_(self.params, clip or math.inf).item()
-        moved = [i for i, p in enumerate(self.params) if p.grad is not None]
-        if moved and math.isfinite(norm):
+        # All parameters have gradients, or none has: no completion was in the loss.
+        if self.params[0].grad is not None and math.isfinite(norm):
             self.updates += 1
-            update = self._stream if self.offload else self._all_at_once
-            update(moved, learning_rate)
+            if self.offload:
+                self._stream(learning_rate)
+            else:
+                grads = [p.grad for p in self.params]
+                self._adamw(learning_rate, self.masters, grads, self.exp_avg, self.exp_avg_sq)
+                for p, master in zip(self.params, self.masters) if self.rounded else ():
+                    p.copy_(master)
         self.policy.zero_grad()
         return norm
 
@@ -78,46 +82,31 @@ class MasterAdamW:
               amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=learning_rate,
               weight_decay=self.weight_decay, maximize=False)
 
-    def _all_at_once(self, moved: list[int], learning_rate: float):
-        pick = lambda tensors: [tensors[i] for i in moved]
-        grads = [p.grad for p in pick(self.params)]
-        self._adamw(learning_rate, pick(self.masters), grads, pick(self.exp_avg),
-                    pick(self.exp_avg_sq))
-        for p, master in zip(pick(self.params), pick(self.masters)) if self.rounded else ():
-            p.copy_(master)
-
-    def _stream(self, moved: list[int], learning_rate: float):
+    def _stream(self, learning_rate: float):
         """Block by block: masters and moments in, one AdamW step, and out again.
 
         Blocks go by turns on two streams, so that one is on its way in while the other computes
         and goes out. 38.6 GB each way for Llama-3.2-3B, some 2 s at 25 GB/s. AdamW on the host
         would need as long (28 bytes a weight: 4 s on one core at 23 GB/s) and add in another order
-        than the GPU's kernel.
+        than the GPU's kernel. step() has waited for the norm, and with it for the gradients.
         """
-        device = self.params[moved[0]].grad.device
-        main = torch.cuda.current_stream() if device.type == "cuda" else None
-        streams = [torch.cuda.Stream() if main else None for _ in range(2)]
-        for stream in streams if main else ():
-            stream.wait_stream(main)
-        turn = 0
-        for i in moved:
-            p = self.params[i]
-            whole = (p.data, p.grad, self.masters[i], self.exp_avg[i], self.exp_avg_sq[i])
-            for weights, grad, *held in zip(*(t.view(-1).split(BLOCK) for t in whole)):
-                turn = 1 - turn
-                with torch.cuda.stream(streams[turn]):           # None: the only one there is
+        device = self.params[0].grad.device
+        on_gpu = device.type == "cuda"
+        streams = cycle([torch.cuda.Stream(), torch.cuda.Stream()] if on_gpu else [None])
+        for p, *held in zip(self.params, self.masters, self.exp_avg, self.exp_avg_sq):
+            whole = (p.data, p.grad, *held)
+            for weights, grad, *parts in zip(*(t.view(-1).split(BLOCK) for t in whole)):
+                with torch.cuda.stream(next(streams)):           # None: the only one there is
                     block = [torch.empty_like(t, device=device).copy_(t, non_blocking=True)
-                             for t in held]
+                             for t in parts]
                     self._adamw(learning_rate, [block[0]], [grad], [block[1]], [block[2]])
                     weights.copy_(block[0], non_blocking=True)
-                    for t, new in zip(held, block):
+                    for t, new in zip(parts, block):
                         t.copy_(new, non_blocking=True)
         # The gradients stay until here: what is freed while another stream reads it can be given
-        # away, or unmapped (expandable segments).
-        for stream in streams if main else ():
-            main.wait_stream(stream)
-        if main:
-            main.synchronize()           # the host may read what is now in its memory
+        # away, or unmapped (expandable segments). And the host may now read what is in its memory.
+        if on_gpu:
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()     # the streams' blocks would stay theirs
 
     # ------------------------------------------------------------ on disk
@@ -199,7 +188,7 @@ def to_host(model):
 
 
 def host_buffers(like: list[Tensor]) -> list[Tensor]:
-    """Empty host tensors of these shapes and dtypes, side by side in few large flat buffers.
+    """Host tensors of zeros of these shapes and dtypes, side by side in few large flat buffers.
 
     Page-locked where there is a GPU: copies are then several times faster and run beside its work.
     PyTorch rounds each such allocation up to a power of two: 254 tensors of their own would take
@@ -208,7 +197,7 @@ def host_buffers(like: list[Tensor]) -> list[Tensor]:
     """
     buffers, places = plan_buffers([t.numel() for t in like])
     try:
-        flat = [torch.empty(size, dtype=like[0].dtype, pin_memory=torch.cuda.is_available())
+        flat = [torch.zeros(size, dtype=like[0].dtype, pin_memory=torch.cuda.is_available())
                 for size in buffers]
     except RuntimeError as error:
         wanted = sum(buffers) * like[0].itemsize
