@@ -119,7 +119,7 @@ def mbpp_program(problem: dict, answer: str) -> dict:
 def containment() -> str:
     """The better of sandbox.py's containments in which a harmless program passes here."""
     for kind in ISOLATION:
-        if run_contained(PROBE, kind, 30) == "passed":
+        if run_program(PROBE, seconds=30, kind=kind)[0]:
             return kind
     raise InputError("generated programs cannot be run here: not even a harmless one passes "
                      f"(python {SANDBOX})")
@@ -130,31 +130,26 @@ def isolation() -> str:
     return ISOLATION[containment()]
 
 
-def run_program(program: dict, *, seconds: float = 10) -> tuple[bool, str]:
+def run_program(program: dict, *, seconds: float = 10, patience: float = 3,
+                kind: str | None = None) -> tuple[bool, str]:
     """Run a program with its tests in a contained child; whether it passed, and why or why not.
 
     program: what humaneval_program or mbpp_program made. seconds: of CPU time, rounded up, and
-    three times as many of wall time, so that other work on the machine does not decide. The reason
-    is one of sandbox.REASONS: passed; failed (an assertion); error (any other exception, syntax
-    included); memory; timeout; ended (before its last line: an exit, a signal, a crash); sandbox
-    (it could not be started: nothing was measured).
+    `patience` times as many of wall time, so that other work on the machine does not decide.
+    kind: the containment; by default the better one that works here. The reason is one of
+    sandbox.REASONS: passed; failed (an assertion); error (any other exception, syntax included);
+    memory; timeout; ended (before its last line: an exit, a signal, a crash); sandbox (it could
+    not be started: nothing was measured).
     """
-    reason = run_contained(program, containment(), seconds)
-    return reason == "passed", reason
-
-
-def run_contained(program: dict, kind: str, seconds: float, patience: float = 3) -> str:
-    """Run one program in sandbox.py under one kind of containment: the reason it gives.
-
-    seconds: of CPU time; patience: seconds of wall time to each of them.
-    """
-    command = [sys.executable, "-s", "-S", SANDBOX, kind, str(seconds), str(patience * seconds)]
+    command = [sys.executable, "-s", "-S", SANDBOX, kind or containment(), str(seconds),
+               str(patience * seconds)]
     with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as scratch:
         keeper = subprocess.run(command, input=json.dumps(program), cwd=scratch, text=True,
                                 env={"PYTHONHASHSEED": "0"},        # a set's order is the same
                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                 start_new_session=True)
-    return keeper.stdout.strip() or ("ended" if keeper.returncode < 0 else "sandbox")
+    reason = keeper.stdout.strip() or ("ended" if keeper.returncode < 0 else "sandbox")
+    return reason == "passed", reason
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

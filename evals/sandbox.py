@@ -1,4 +1,4 @@
-"""The child that grade.run_contained starts: contain one program, test it, say how it ended.
+"""The child that grade.run_program starts: contain one program, test it, say how it ended.
 
     python -s -S sandbox.py CONTAINMENT CPU WALL < program.json    # seconds; in an empty folder
 

@@ -137,9 +137,9 @@ def scratch(tmp_path, monkeypatch):
     assert list(folder.iterdir()) == [] and leftovers() == []
 
 
-def end(program: str, kind: str, seconds: float = 10) -> str:
+def end(program: str, kind: str, seconds: float = 10, patience: float = 3) -> str:
     program = {"answer": textwrap.dedent(program), "helpers": "", "tests": "", "names": []}
-    return grade.run_contained(program, kind, seconds)
+    return grade.run_program(program, seconds=seconds, patience=patience, kind=kind)[1]
 
 
 # What each does, and how it may end. None of them may pass. (A fork is an error where the limit of
@@ -257,8 +257,7 @@ def test_a_hostile_program_is_contained_and_does_not_pass(name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cpu_limit_holds_long_before_the_wall_time(kind):
     started = time.monotonic()
-    program = {"answer": "while True: pass", "helpers": "", "tests": "", "names": []}
-    assert grade.run_contained(program, kind, 1, patience=60) == "timeout"
+    assert end("while True: pass", kind, 1, patience=60) == "timeout"
     assert time.monotonic() - started < 30
 
 
@@ -375,8 +374,8 @@ def test_where_no_program_can_run_it_is_said_in_words(monkeypatch):
 
 
 def test_without_namespaces_the_next_best_is_chosen(monkeypatch):
-    monkeypatch.setattr(grade, "run_contained", lambda program, kind, seconds:
-                        "passed" if kind == "limits" else "sandbox")
+    monkeypatch.setattr(grade, "run_program", lambda program, seconds, kind:
+                        (kind == "limits", ""))
     assert grade.containment.__wrapped__() == "limits"
 
 
