@@ -251,6 +251,7 @@ def keep(containment: str, cpu: int, wall: float) -> str:
     signal.setitimer(signal.ITIMER_REAL, wall)
     with contextlib.redirect_stdout(None):
         word = run_tests(json.load(sys.stdin), ours.makefile("rw", encoding="utf-8"))
+    signal.alarm(0)
     with contextlib.suppress(OSError):
         os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -405,6 +405,10 @@ CHEATS = {
         import os
         def add_one(x):
             return x + 1 if os.fork() == 0 and x == 1 else 0""",
+    "claims a fault of the machine": """
+        import os
+        os.write(4, b'["sandbox", null]\\n')
+        def add_one(x): return 0""",
     "writes replies ahead": """
         import os
         for _ in range(9): os.write(4, b'["value", true]\\n')
@@ -417,7 +421,7 @@ def test_a_wrong_answer_does_not_pass_whatever_it_redefines(name):
     program = {"answer": textwrap.dedent(CHEATS[name]), "helpers": "import math", "tests": (
         "assert add_one(1) == 2 and add_one(5) == 6\nassert abs(add_one(2.5) - 3.5) < 1e-6\n"
         "assert math.isclose(add_one(1e9), 1e9 + 1)"), "names": ["add_one"]}
-    assert not grade.run_program(program)[0]
+    assert grade.run_program(program)[1] in ("failed", "error", "ended")
     right = program | {"answer": "def add_one(x): return x + 1"}
     assert grade.run_program(right) == (True, "passed")
 
