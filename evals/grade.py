@@ -6,7 +6,6 @@
 import builtins
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -33,7 +32,6 @@ PROBE = {"answer": "import collections, decimal, heapq, math, re, typing\nf = la
          "helpers": "", "tests": "assert f() == 1", "names": ["f"]}
 ISOLATION = {
     "namespaces": "programs run in Linux namespaces with limits, without network and home folder",
-    "user": "programs run as a user of their own with limits: this stops accidents, not attackers",
     "limits": "programs run with limits alone: this stops accidents, not attackers",
 }
 
@@ -119,12 +117,9 @@ def mbpp_program(problem: dict, answer: str) -> dict:
 
 @functools.cache
 def containment() -> str:
-    """The best of sandbox.py's containments in which a harmless program passes here."""
-    kinds = ["limits"]
-    if sys.platform == "linux":
-        kinds = ["namespaces", "user", "limits"] if os.geteuid() == 0 else ["namespaces", "limits"]
-    for kind in kinds:
-        if run_contained(PROBE, kind, 30) == "passed":
+    """The better of sandbox.py's containments in which a harmless program passes here."""
+    for kind in ISOLATION:
+        if run_program(PROBE, seconds=30, kind=kind)[0]:
             return kind
     raise InputError("generated programs cannot be run here: not even a harmless one passes "
                      f"(python {SANDBOX})")
@@ -135,37 +130,26 @@ def isolation() -> str:
     return ISOLATION[containment()]
 
 
-def run_program(program: dict | str, *, seconds: float = 10) -> tuple[bool, str]:
+def run_program(program: dict, *, seconds: float = 10, patience: float = 3,
+                kind: str | None = None) -> tuple[bool, str]:
     """Run a program with its tests in a contained child; whether it passed, and why or why not.
 
-    seconds: of CPU time, rounded up, and three times as many of wall time, so that other work on
-    the machine does not decide. The reason is one of sandbox.REASONS: passed; failed (an
-    assertion); error (any other exception, syntax included); memory; timeout; ended (before its
-    last line: an exit, a signal, a crash); sandbox (it could not be started: nothing was measured).
-    program: what humaneval_program or mbpp_program made; any string is one without tests.
+    program: what humaneval_program or mbpp_program made. seconds: of CPU time, rounded up, and
+    `patience` times as many of wall time, so that other work on the machine does not decide.
+    kind: the containment; by default the better one that works here. The reason is one of
+    sandbox.REASONS: passed; failed (an assertion); error (any other exception, syntax included);
+    memory; timeout; ended (before its last line: an exit, a signal, a crash); sandbox (it could
+    not be started: nothing was measured).
     """
-    reason = run_contained(program, containment(), seconds)
-    return reason == "passed", reason
-
-
-def run_contained(program: dict | str, kind: str, seconds: float, patience: float = 3) -> str:
-    """One program in sandbox.py under one kind of containment: the reason it gives.
-
-    seconds: of CPU time; patience: seconds of wall time to each of them.
-    """
-    if isinstance(program, str):
-        program = {"answer": program, "helpers": "", "tests": "", "names": []}
-    wall = patience * seconds
-    command = [sys.executable, "-s", "-S", SANDBOX, kind, str(seconds), str(wall)]
+    command = [sys.executable, "-s", "-S", SANDBOX, kind or containment(), str(seconds),
+               str(patience * seconds)]
     with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as scratch:
-        try:
-            keeper = subprocess.run(command, input=json.dumps(program), cwd=scratch, text=True,
-                                    env={"PYTHONHASHSEED": "0"},    # a set's order is the same
-                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                    start_new_session=True, timeout=wall + 20)
-        except subprocess.TimeoutExpired:                        # somebody stopped the keeper
-            return "timeout"
-    return keeper.stdout.strip() or "ended"
+        keeper = subprocess.run(command, input=json.dumps(program), cwd=scratch, text=True,
+                                env={"PYTHONHASHSEED": "0"},        # a set's order is the same
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                start_new_session=True)
+    reason = keeper.stdout.strip() or ("ended" if keeper.returncode < 0 else "sandbox")
+    return reason == "passed", reason
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -1,15 +1,44 @@
-"""Pictures: training curves of runs, and what was measured as bars with their intervals.
+"""Figures: training curves of runs, and what was measured as bars with their intervals.
 
 What `python eval.py plot` calls; needs matplotlib. Runs whose folders differ only in a last number
-(tiny-lsp-1, tiny-lsp-2) are seeds of one setting: thin lines, and their mean as a thick one.
+(tiny-lsp-1, tiny-lsp-2) are seeds of one setting: thin lines, and their mean as a thick one. A
+figure has at most four panels, so that a projector can show it. Further panels go to further files:
+curves.png, curves-2.png, ...
 """
 import re
 import textwrap
 from pathlib import Path
 
 from evals.results import interval, mean_error, read_results
-from plumbing.files import InputError
+from plumbing.files import InputError, read_json
 from plumbing.runs import read_lines
+
+# Okabe and Ito's colours, which colour-blind people can tell apart; an algorithm has the same one
+# in page.html.
+COLORS = {"lsp": "#0072B2", "lsp-zero": "#D55E00", "grpo": "#009E73", "rlpt": "#AA4499",
+          "sft": "#666666"}
+OTHERS = ["#999999", "#56B4E9", "#E69F00", "#F0E442", "#CC79A7"]     # of what is no algorithm
+DASHES = ["-", "--", ":", "-."]                             # of settings of the same algorithm
+
+# Title, name of the y-axis, file and entry of each panel. Curves of metrics.jsonl are smoothed.
+PANELS = [
+    ("Held-out sums with carries", "accuracy", "eval", "accuracy.carry"),
+    ("Held-out sums without carries", "accuracy", "eval", "accuracy.none"),
+    ("Held-out hard cases, ASR", "accuracy", "eval", "accuracy.asr_hard"),
+    ("Held-out hard cases, MSR", "accuracy", "eval", "accuracy.msr_hard"),
+    ("Held-out easy cases, ASR", "accuracy", "eval", "accuracy.asr_easy"),
+    ("Held-out easy cases, MSR", "accuracy", "eval", "accuracy.msr_easy"),
+    ("Held-out reward", "reward", "eval", "reward"),
+    ("Held-out win-rate against the start", "win-rate", "eval", "win_rate"),
+    ("Malformed queries", "fraction", "eval", "challenger.malformed"),
+    ("Reward R", "mean R", "metrics", "reward"),
+    ("Quality R_Q", "mean R_Q, 0 to 7", "metrics", "quality"),
+    ("KL of the Solver", "nats per sequence", "metrics", "kl_solver"),
+    ("KL of the Challenger", "nats per sequence", "metrics", "kl_challenger"),
+    ("Distinct queries", "fraction", "metrics", "distinct_queries"),
+    ("Truncated predictions", "fraction", "metrics", "truncated_predictions"),
+]
+
 
 # ---------------------------------------------------------------- curves
 
@@ -32,26 +61,6 @@ def smooth(values: list[float], width: int = 9) -> list[float]:
     return [sum(v := values[max(0, i - half):i + half + 1]) / len(v) for i in range(len(values))]
 
 
-# Panel: title, file, entries with their line styles. Curves of metrics.jsonl are smoothed.
-PANELS = [
-    ("held-out carry accuracy", "eval", {"accuracy.carry": "-"}),
-    ("held-out no-carry accuracy", "eval", {"accuracy.none": "-"}),
-    ("accuracy, hard (ASR -, MSR :)", "eval", {"accuracy.asr_hard": "-", "accuracy.msr_hard": ":"}),
-    ("accuracy, easy (ASR -, MSR :)", "eval", {"accuracy.asr_easy": "-", "accuracy.msr_easy": ":"}),
-    ("held-out reward", "eval", {"reward": "-"}),
-    ("win-rate against the start", "eval", {"win_rate": "-"}),
-    ("malformed share of the queries", "eval", {"challenger.malformed": "-"}),
-    ("class shares of the queries (none : unit -- tens -. both -)", "eval",
-     {"challenger.none": ":", "challenger.unit": "--", "challenger.tens": "-.",
-      "challenger.both": "-"}),
-    ("R", "metrics", {"reward": "-"}),
-    ("R_Q", "metrics", {"quality": "-"}),
-    ("KL, nats (Solver -, Challenger :)", "metrics", {"kl_solver": "-", "kl_challenger": ":"}),
-    ("truncated share of the predictions", "metrics", {"truncated_predictions": "-"}),
-    ("distinct share of the queries", "metrics", {"distinct_queries": "-"}),
-]
-
-
 def pyplot():
     """matplotlib, drawing into files."""
     try:
@@ -59,6 +68,8 @@ def pyplot():
     except ImportError:
         raise InputError("plot needs matplotlib: pip install matplotlib") from None
     pyplot.switch_backend("Agg")
+    pyplot.rcParams.update({"font.size": 14, "axes.grid": True, "axes.axisbelow": True,
+                            "grid.alpha": 0.3, "lines.linewidth": 2.5})
     return pyplot
 
 
@@ -81,43 +92,57 @@ def plot(paths: list[str], out: str):
 
 def curves(folders: list[str], out: str):
     """Draw every panel that the runs have something for."""
-    plt, groups = pyplot(), {}
+    groups, styles, panels = {}, {}, []
     for folder in map(Path, folders):
         run = {kind: read_lines(folder / f"{kind}.jsonl") for kind in ("eval", "metrics")}
-        groups.setdefault(re.sub(r"-\d+$", "", folder.name), []).append(run)
-    drawn = []                                  # title, {(label, style): [(steps, values), ...]}
-    for title, kind, entries in PANELS:
-        lines = {(label, style): [series(run[kind], *entry.split(".")) for run in runs]
-                 for label, runs in groups.items() for entry, style in entries.items()}
-        if any(steps for found in lines.values() for steps, _ in found):
-            drawn.append((title, kind, lines))
-    if not drawn:
-        raise InputError(f"{', '.join(folders)}: nothing has been recorded yet")
-    rows = -(-len(drawn) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(15, 3.2 * rows), squeeze=False)
-    colors = {label: f"C{number}" for number, label in enumerate(groups)}
-    for axis, (title, kind, lines) in zip(axes.flat, drawn):
-        for (label, style), found in lines.items():
+        label, config = re.sub(r"-\d+$", "", folder.name), folder / "config.json"
+        groups.setdefault(label, []).append(run)
+        color = COLORS.get(read_json(config)["algo"] if config.exists() else None, "#000000")
+        earlier = sum(style["color"] == color for style in styles.values())
+        styles.setdefault(label, {"color": color, "linestyle": DASHES[earlier % len(DASHES)]})
+    for title, name, kind, entry in PANELS:
+        lines = []                                          # (label or None, steps, values, style)
+        for label, runs in groups.items():
+            thin, thick = styles[label] | {"linewidth": 0.7, "alpha": 0.4}, styles[label]
+            found = [series(run[kind], *entry.split(".")) for run in runs]
             found = [(x, smooth(y) if kind == "metrics" else y) for x, y in found if x]
-            for x, y in found if len(lines) < 3 * len(groups) else []:       # else too many lines
-                axis.plot(x, y, style, color=colors[label], linewidth=0.6, alpha=0.5)
+            lines += [(None, x, y, thin) for x, y in found]
             tables = [dict(zip(x, y)) for x, y in found]
             steps = sorted(set.intersection(*map(set, tables))) if tables else []
             mean = [sum(table[step] for table in tables) / len(tables) for step in steps]
-            axis.plot(steps, mean, style, color=colors[label], linewidth=1.8)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if any(word in title for word in ("accuracy", "share", "win-rate")):
-            axis.set_ylim(-0.03, 1.03)
-    for axis in axes.flat[len(drawn):]:
-        axis.axis("off")
-    for label, runs in groups.items():
-        axes.flat[0].plot([], [], color=colors[label], label=f"{label} ({len(runs)})")
-    axes.flat[0].legend(fontsize=8)
-    figure.tight_layout()
-    save(figure, out)
-    print(f"{out}: {len(drawn)} panels, {len(folders)} runs")
+            lines += [(f"{label} ({len(runs)})", steps, mean, thick)] if steps else []
+        if lines:
+            panels.append((title, name, lines))
+    if not panels:
+        raise InputError(f"{', '.join(folders)}: nothing has been recorded yet")
+    draw_panels(panels, out)
+
+
+def draw_panels(panels: list[tuple], out: str):
+    """Draw panels, four a figure: each has a title, the y-axis's name and lines over the steps.
+
+    A line has a label or None, steps, values, and the arguments of its style.
+    """
+    plt, path = pyplot(), Path(out)
+    for first in range(0, len(panels), 4):
+        page = panels[first:first + 4]
+        rows, columns = -(-len(page) // 2), min(len(page), 2)
+        figure, axes = plt.subplots(rows, columns, figsize=(6.5 * columns, 4 * rows + 0.6),
+                                    squeeze=False, layout="constrained")
+        labels = {}
+        for axis, (title, name, lines) in zip(axes.flat, page):
+            for label, x, y, style in lines:
+                labels[label], = axis.plot(x, y, **style)
+            axis.set(title=title, xlabel="step", ylabel=name)
+            if name in ("accuracy", "fraction", "win-rate"):
+                axis.set_ylim(-0.03, 1.03)
+        labels.pop(None, None)
+        figure.legend(labels.values(), labels, loc="outside lower center", ncols=2)
+        for axis in axes.flat[len(page):]:
+            axis.axis("off")
+        file = path.with_stem(f"{path.stem}-{first // 4 + 1}") if first else path
+        save(figure, file)
+        print(f"{file}: {', '.join(title for title, *_ in page)}")
 
 
 # ---------------------------------------------------------------- bars
@@ -127,42 +152,35 @@ def bars(paths: list[str], out: str):
 
     Where there is a single measure, its subsets (AlpacaEval's five, carry classes) follow it.
     """
-    plt = pyplot()
-    names = [Path(path).name.removesuffix(".jsonl") for path in paths]
+    plt, names = pyplot(), [Path(path).name.removesuffix(".jsonl") for path in paths]
     if len(set(names)) < len(names):                         # A/gsm8k.jsonl and B/gsm8k.jsonl
         names = paths
-    groups = {}                                              # label: {name: values}
     sides = dict(zip(names, map(read_results, paths)))
     labels = sorted({label for side in sides.values() for label in side})
-    for label in labels:
-        for name, side in sides.items():
-            if label in side:
-                found = side[label]["values"]
-                groups.setdefault(label, {})[name] = [value for value, _ in found.values()]
-                for value, subset in found.values() if len(labels) == 1 else ():
-                    if subset:
-                        groups.setdefault(subset, {}).setdefault(name, []).append(value)
-    figure, axis = plt.subplots(figsize=(2.5 + 1.1 * len(groups) * len(sides) ** 0.5, 4))
-    width = 0.8 / len(sides)
+    groups = {label: {} for label in labels}                 # {label: {name: values}}
+    for name, side in sides.items():
+        for label, measure in side.items():
+            for value, subset in measure["values"].values():
+                for group in (label, subset) if subset and len(labels) == 1 else (label,):
+                    groups.setdefault(group, {}).setdefault(name, []).append(value)
+    size = (4 + 1.4 * len(groups) * len(sides) ** 0.5, 5)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    width, legend = 0.8 / len(sides), {}
     for number, name in enumerate(sides):
-        drawn = [(i, group[name]) for i, group in enumerate(groups.values()) if group.get(name)]
-        at = [i + (number - (len(sides) - 1) / 2) * width for i, _ in drawn]
-        means = [100 * mean_error(values)[0] for _, values in drawn]
-        ends = [[100 * x for x in interval(values)] for _, values in drawn]
-        reach = [[m - low for m, (low, _) in zip(means, ends)],
-                 [high - m for m, (_, high) in zip(means, ends)]]
-        axis.bar(at, means, width, yerr=reach, capsize=3, label=name, color=f"C{number}")
-        for x, mean, (_, high) in zip(at, means, ends):
-            axis.text(x, high + 1, f"{mean:.1f}", ha="center", fontsize=8)
-    axis.set_xticks(range(len(groups)), [textwrap.fill(label, 16) for label in groups], fontsize=8)
+        for i, values in enumerate(group.get(name) for group in groups.values()):
+            if values:
+                at = i + (number - (len(sides) - 1) / 2) * width
+                mean, low, high = (100 * x for x in (mean_error(values)[0], *interval(values)))
+                legend[name] = axis.bar(at, mean, width, yerr=[[mean - low], [high - mean]],
+                                        capsize=3, color=OTHERS[number % len(OTHERS)])
+                axis.text(at, high + 1, f"{mean:.1f}", ha="center", fontsize=12)
+    axis.set_xticks(range(len(groups)), [textwrap.fill(label, 16) for label in groups])
+    axis.set_xlabel("measure")
     axis.set_ylabel("per cent, 95 % interval")
     if any(label.startswith("win-rate") for label in labels):
         axis.axhline(50, color="black", linewidth=0.8, linestyle="--")       # neither is preferred
     axis.margins(y=0.15)
     axis.set_ylim(bottom=0)
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))         # beside the bars
-    figure.tight_layout()
+    figure.legend(legend.values(), legend, loc="outside right upper")
     save(figure, out)
     print(f"{out}: {len(groups)} groups of bars, {len(sides)} bars each")

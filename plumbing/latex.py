@@ -1,7 +1,6 @@
 """What a reader may skip: whether two MATH answers in LaTeX have the same value (math-verify)."""
 import logging
 import re
-import threading
 
 from plumbing.files import InputError
 
@@ -33,16 +32,15 @@ def math_verify():
 
 
 def same_value(answer: str, gold: str) -> bool:
-    """Whether two MATH answers, as LaTeX without dollars, have the same value: math-verify's word.
+    """Whether two MATH answers, as LaTeX without dollars, have the same value (math-verify).
 
-    Its limit of time is an alarm, which only a main thread can set: elsewhere there is none.
+    Its time limit is an alarm: call this in the main thread.
     """
     compare, texts = math_verify(), [gold, answer]
     words = [[WORDS.findall(inside) for inside in TEXT.findall(text)] for text in texts]
     if max(map(len, texts)) > 300 or [*filter(None, words[0])] != [*filter(None, words[1])]:
-        return False                            # work without end; or 3 and 3 million
+        return False                            # too long to compare in time; or 3 and 3 million
     for wrong, right in SPELLINGS:
         texts = [wrong.sub(right, text) for text in texts]
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    values = [compare.parse(f"\\boxed{{{text}}}", parsing_timeout=seconds) for text in texts]
-    return bool(all(values)) and bool(compare.verify(*values, timeout_seconds=seconds))
+    values = [compare.parse(f"\\boxed{{{text}}}") for text in texts]
+    return bool(all(values)) and bool(compare.verify(*values))

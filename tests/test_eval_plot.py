@@ -1,9 +1,11 @@
 """Pictures: what is read, what is drawn, and what is said when something is missing."""
 import builtins
 import json
+import re
 import sys
 
 import pytest
+from conftest import ROOT
 
 import eval as eval_script
 from evals import plot, results
@@ -40,16 +42,37 @@ def test_a_half_written_last_line_is_left_out_and_a_broken_one_named(tmp_path):
         results.read_lines(file)
 
 
-def test_plot_draws_one_colour_a_setting_and_only_panels_with_something_in_them(tmp_path, capsys,
-                                                                               monkeypatch):
+def test_plot_draws_an_algorithms_colour_in_panels_with_something_in_them(tmp_path, capsys,
+                                                                         monkeypatch):
     pytest.importorskip("matplotlib")
-    for name in ("lsp-1", "lsp-2", "zero-1"):
+    for name in ("lsp-1", "lsp-2", "zero-1", "slow-1"):
         make_run(tmp_path / name)
-    out = tmp_path / "curves.png"
-    folders = [str(tmp_path / n) for n in ("lsp-1", "lsp-2", "zero-1")]
+        algo = "lsp-zero" if name == "zero-1" else "lsp"
+        (tmp_path / name / "config.json").write_text(json.dumps({"algo": algo}))
+    out, shown, save = tmp_path / "curves.png", [], plot.save
+    folders = [str(tmp_path / n) for n in ("lsp-1", "lsp-2", "zero-1", "slow-1")]
     monkeypatch.setattr(sys, "argv", ["eval.py", "plot", *folders, "--out", str(out)])
+    monkeypatch.setattr(plot, "save", lambda *given: (shown.append(given[0]), save(*given)))
     eval_script.main()
-    assert out.read_bytes()[:4] == b"\x89PNG" and "5 panels, 3 runs" in capsys.readouterr().out
+    assert "curves-2.png: Distinct queries\n" in capsys.readouterr().out
+    for file in (out, tmp_path / "curves-2.png"):
+        assert file.read_bytes()[:4] == b"\x89PNG"
+    panels = [axis for figure in shown for axis in figure.axes if axis.lines]
+    assert [len(figure.axes) <= 4 for figure in shown] == [True, True] and len(panels) == 5
+    assert all(axis.get_xlabel() and axis.get_ylabel() and not axis.get_legend() for axis in panels)
+    for figure in shown:
+        texts = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert texts == ["lsp (2)", "zero (1)", "slow (1)"]
+    means = [(line.get_color(), line.get_linestyle()) for line in panels[0].lines
+             if line.get_linewidth() > 1]
+    lsp, zero = plot.COLORS["lsp"], plot.COLORS["lsp-zero"]
+    assert means == [(lsp, "-"), (zero, "-"), (lsp, "--")]
+
+
+def test_the_page_gives_each_algorithm_the_same_colour():
+    page = (ROOT / "evals" / "page.html").read_text()
+    (colors,) = re.findall(r"const COLORS = (\{.*?\});", page, re.DOTALL)
+    assert json.loads(colors) == plot.COLORS
 
 
 def test_without_matplotlib_plot_says_what_to_install(monkeypatch, tmp_path):
@@ -81,9 +104,8 @@ def test_plot_draws_results_as_bars_with_their_intervals(tmp_path, capsys, monke
     monkeypatch.setattr(plot, "save", lambda figure, out: shown.append(figure))
     plot.plot([str(tmp_path / "base"), str(tmp_path / "run")], "bars.png")
     (axis,) = shown[0].axes
-    heights = [[bar.get_height() for bar in group] for group in axis.containers
-               if not hasattr(group, "has_yerr")]
-    assert heights == [[25.0], [50.0, 100.0]] and "2 groups of bars" in capsys.readouterr().out
+    heights = [patch.get_height() for patch in axis.patches]
+    assert heights == [25.0, 50.0, 100.0] and "2 groups of bars" in capsys.readouterr().out
     lines = [segment for group in axis.collections for segment in group.get_segments()]
     ends = [[low[1] / 100, high[1] / 100] for low, high in lines]
     assert ends == [pytest.approx(results.interval([1.0] * k + [0.0] * (n - k)))

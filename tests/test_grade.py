@@ -137,8 +137,9 @@ def scratch(tmp_path, monkeypatch):
     assert list(folder.iterdir()) == [] and leftovers() == []
 
 
-def end(program: str, kind: str, seconds: float = 10) -> str:
-    return grade.run_contained(textwrap.dedent(program), kind, seconds)
+def end(program: str, kind: str, seconds: float = 10, patience: float = 3) -> str:
+    program = {"answer": textwrap.dedent(program), "helpers": "", "tests": "", "names": []}
+    return grade.run_program(program, seconds=seconds, patience=patience, kind=kind)[1]
 
 
 # What each does, and how it may end. None of them may pass. (A fork is an error where the limit of
@@ -203,7 +204,11 @@ HOSTILE = {
     "forks, and the parent leaves": ("""
         import os, time
         if os.fork(): os._exit(0)
-        time.sleep(60)""", {"timeout", "error"}),
+        time.sleep(60)""", {"timeout", "error", "ended"}),
+    "imports this project": ("import sandbox", {"error"}),
+}
+# Contained by namespaces alone.
+NAMESPACES = {
     "leaves a daemon in a session of its own": ("""
         import os, time
         for _ in range(2):
@@ -213,18 +218,14 @@ HOSTILE = {
                 os._exit(0)
         time.sleep(.1)
         assert False""", {"failed", "error"}),
-    "imports this project": ("import sandbox", {"error"}),
-}
-# Contained by namespaces alone.
-NAMESPACES = {
     "forks without end": ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
                           {"timeout"}),
     "starts threads without end": ("""
         import threading, time
         while True: threading.Thread(target=time.sleep, args=(60,)).start()""", {"error"}),
-    "kills all that it may": ("import os\nassert os.getpid() == 2\nos.kill(-1, 9)\nassert False",
+    "kills all that it may": ("import os\nassert os.getpid() == 1\nos.kill(-1, 9)\nassert False",
                               {"error", "failed"}),
-    "kills its parent": ("import os\nassert os.getpid() == 2\nos.kill(os.getppid(), 9)\n"
+    "kills its parent": ("import os\nassert os.getpid() == 1\nos.kill(os.getppid(), 9)\n"
                          "assert False", {"failed", "ended"}),
     "fills its scratch folder": ("""
         for number in range(100):
@@ -256,7 +257,7 @@ def test_a_hostile_program_is_contained_and_does_not_pass(name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_cpu_limit_holds_long_before_the_wall_time(kind):
     started = time.monotonic()
-    assert grade.run_contained("while True: pass", kind, 1, patience=60) == "timeout"
+    assert end("while True: pass", kind, 1, patience=60) == "timeout"
     assert time.monotonic() - started < 30
 
 
@@ -264,7 +265,7 @@ def test_the_cpu_limit_holds_long_before_the_wall_time(kind):
 def test_an_answer_that_passes_leaves_at_once_whatever_it_left_running(kind):
     assert end("""
         import atexit, os, threading, time
-        if os.getpid() == 2: threading.Thread(target=time.sleep, args=(60,)).start()
+        if os.getpid() == 1: threading.Thread(target=time.sleep, args=(60,)).start()
         atexit.register(time.sleep, 60)""", kind) == "passed"
 
 
@@ -288,7 +289,7 @@ def test_nothing_of_the_environment_or_the_open_files_is_inherited(kind, monkeyp
         os.set_inheritable(file.fileno(), True)
         assert end("""
             import os
-            assert dict(os.environ) == {} and os.getenv("SECRET_KEY") is None
+            assert not {"SECRET_KEY", "HOME", "PATH"} & set(os.environ)
             if os.path.exists("/proc"):
                 assert b"s3cret" not in open("/proc/self/environ", "rb").read()
             for number in range(5, 100):
@@ -373,8 +374,8 @@ def test_where_no_program_can_run_it_is_said_in_words(monkeypatch):
 
 
 def test_without_namespaces_the_next_best_is_chosen(monkeypatch):
-    monkeypatch.setattr(grade, "run_contained", lambda program, kind, seconds:
-                        "passed" if kind == "limits" else "sandbox")
+    monkeypatch.setattr(grade, "run_program", lambda program, seconds, kind:
+                        (kind == "limits", ""))
     assert grade.containment.__wrapped__() == "limits"
 
 
@@ -404,6 +405,10 @@ CHEATS = {
         import os
         def add_one(x):
             return x + 1 if os.fork() == 0 and x == 1 else 0""",
+    "claims a fault of the machine": """
+        import os
+        os.write(4, b'["sandbox", null]\\n')
+        def add_one(x): return 0""",
     "writes replies ahead": """
         import os
         for _ in range(9): os.write(4, b'["value", true]\\n')
@@ -416,7 +421,7 @@ def test_a_wrong_answer_does_not_pass_whatever_it_redefines(name):
     program = {"answer": textwrap.dedent(CHEATS[name]), "helpers": "import math", "tests": (
         "assert add_one(1) == 2 and add_one(5) == 6\nassert abs(add_one(2.5) - 3.5) < 1e-6\n"
         "assert math.isclose(add_one(1e9), 1e9 + 1)"), "names": ["add_one"]}
-    assert not grade.run_program(program)[0]
+    assert grade.run_program(program)[1] in ("failed", "error", "ended")
     right = program | {"answer": "def add_one(x): return x + 1"}
     assert grade.run_program(right) == (True, "passed")
 
@@ -448,12 +453,19 @@ def test_the_tests_may_set_up_objects_of_the_answers_classes():
         assert grade.run_program(wrong) == (False, "failed")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a flag of Linux")
-def test_no_process_of_a_program_can_be_read_from_its_first_moment_on():
-    answer = "import ctypes\ndef dumpable(): return ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)"
-    program = {"answer": answer, "helpers": "", "tests": "assert dumpable() == 0",
-               "names": ["dumpable"]}
-    assert grade.run_contained(program, "limits", 10) == "passed"
+def test_an_answer_finds_nothing_of_what_the_tests_expect(namespaces):
+    answer = """
+        import gc, sys
+        def guess():
+            held, frame = gc.get_objects(), sys._getframe()
+            while frame := frame.f_back:
+                held += frame.f_locals.values()
+            texts = [item for x in held if isinstance(x, dict) for item in x.values()]
+            return any("rock" + "et" in str(x) for x in texts + held if type(x) in (str, bytes))"""
+    program = {"answer": textwrap.dedent(answer), "helpers": "ROCKET = 'rocket'",
+               "names": ["guess"], "tests": "assert guess()  # rocket"}
+    assert grade.run_program(program) == (False, "failed")
+    assert grade.run_program(program | {"tests": "assert not guess()"}) == (True, "passed")
 
 
 def test_values_of_every_plain_kind_come_back_as_they_are_and_objects_can_be_handed_back():
@@ -476,12 +488,3 @@ def test_values_of_every_plain_kind_come_back_as_they_are_and_objects_can_be_han
     program = {"answer": textwrap.dedent(answer), "helpers": "", "tests": textwrap.dedent(tests),
                "names": ["same", "total", "Pair", "kinds"]}
     assert grade.run_program(program) == (True, "passed")
-
-
-def test_system_v_memory_has_the_programs_limit(namespaces):
-    if os.geteuid():
-        pytest.skip("only root can set the limit")
-    assert end("""
-        import ctypes
-        held = [ctypes.CDLL(None).shmget(0, 100 << 20, 0o1666) for _ in range(20)]
-        assert all(n >= 0 for n in held)""", "namespaces") == "failed"

@@ -186,28 +186,19 @@ def table(seeds: list[int], figure: str | None):
           *(row(fault, seeds) for fault in there), sep="\n")
     if not figure:
         return
-    plt = plot.pyplot()
     if not there:
         raise InputError(f"--figure: no runs of seeds {seeds} in {KEPT}")
-    picture, axes = plt.subplots(3, -(-len(there) // 3), figsize=(13, 9), sharex=True, sharey=True)
-    curves = {"held-out carry accuracy": ("accuracy", "carry"),
-              "held-out no-carry accuracy": ("accuracy", "none"),
-              "malformed share of the queries": ("challenger", "malformed")}
-    for axis, fault in zip(axes.flat, there):
-        for color, (label, keys) in enumerate(curves.items()):
-            axis.plot([], [], color=f"C{color}", label=label)
-            for seed in seeds:
-                folder = KEPT / f"{fault}-{seed}"
-                if folder.exists():
-                    x, y = plot.series(lines(folder / "eval.jsonl"), *keys)
-                    axis.plot(x, y, color=f"C{color}", linewidth=1.2)
-        axis.set_title(fault, fontsize=10)
-        axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
-    picture.tight_layout(rect=(0, 0.03, 1, 1))
-    picture.legend(*axes.flat[0].get_legend_handles_labels(), ncols=3, loc="lower center")
-    plot.save(picture, figure)
+    curves = {"held-out accuracy, carries": ("#000000", "-", "accuracy", "carry"),
+              "held-out accuracy, no carries": ("#E69F00", "--", "accuracy", "none"),
+              "malformed queries": ("#56B4E9", ":", "challenger", "malformed")}
+    panels = []
+    for fault in there:
+        evals = [lines(file) for seed in seeds
+                 if (file := KEPT / f"{fault}-{seed}" / "eval.jsonl").exists()]
+        panels.append((fault, "fraction", [
+            (label, *plot.series(records, *keys), {"color": color, "linestyle": dash})
+            for label, (color, dash, *keys) in curves.items() for records in evals]))
+    plot.draw_panels(panels, figure)
 
 
 def main():
