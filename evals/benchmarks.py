@@ -87,22 +87,21 @@ def is_right(name: str, problem: dict, answer: str, *, cut: bool) -> tuple[bool,
         return False, "cut off"
     if name == "tiny":
         right = tiny_world.correct(problem["query"], answer)
-        return right, "equal" if right else "not equal"
-    if name == "gsm8k":
+    elif name == "gsm8k":
         right = bool(exact([""], [answer], [problem["gold"]]))
-        return right, "equal" if right else "not equal"
-    if name == "math":
+    elif name == "math":
         said = boxed(answer)
         if said is None:
             return False, "nothing boxed"
         right = same_value(said, problem["gold"])
-        return right, "equal" if right else "not equal"
-    program = getattr(grade, f"{name}_program")(problem["problem"], answer)
-    right, why = grade.run_program(program)
-    if why == "sandbox":                            # a fault of this machine, not of the answer
-        raise InputError("a program could not be started in its containment; the same command goes "
-                         "on from here")
-    return right, why
+    else:
+        program = getattr(grade, f"{name}_program")(problem["problem"], answer)
+        right, why = grade.run_program(program)
+        if why == "sandbox":                        # a fault of this machine, not of the answer
+            raise InputError("a program could not be started in its containment; the same command "
+                             "goes on from here")
+        return right, why
+    return right, "equal" if right else "not equal"
 
 
 def scores(records: list[dict], samples: int) -> dict[str, list[float]]:

@@ -112,14 +112,12 @@ def report(records: list[dict]):
     """Print how many replies could not be parsed, how often both orders of a pair gave the same
     verdict, and whether the judge favours a position."""
     latest = {(r["item"], r["first"]): r for r in records}.values()     # some were asked again
-    unparsed = [r["reply"] for r in latest if r["preference"] is None and "reply" in r]
-    if unparsed:
-        print(f"{len(unparsed)} replies could not be parsed, for example "
-              f"{(unparsed[0] or '')[-100:]!r}; the same command asks again")
-    refused = [r["refused"] for r in latest if "refused" in r]
-    if refused:
-        print(f"{len(refused)} questions were not answered, for example {refused[0]!r}; the same "
-              "command asks again")
+    for key, what in (("reply", "replies could not be parsed"),
+                      ("refused", "questions were not answered")):
+        texts = [r[key] or "" for r in latest if r["preference"] is None and key in r]
+        if texts:
+            print(f"{len(texts)} {what}, for example {texts[0][-100:]!r}; the same command asks "
+                  "again")
     masses = [r["mass"] for r in latest if "mass" in r]
     if masses and sum(masses) < len(masses) / 2:
         print(f"the judge wanted to say something else than 1 or 2: together they had a "
@@ -222,7 +220,7 @@ class Endpoint:
                 with urllib.request.urlopen(request, timeout=self.seconds) as response:
                     return self.hidden(content_of(self.whole(response)))
             except urllib.error.HTTPError as error:
-                reason = self.hidden(f"HTTP {error.code} {self.said(error)}")
+                reason = f"HTTP {error.code} {self.said(error)}"
                 if error.code in UNFIT:
                     raise Refused(reason) from None
                 if error.code < 500 and error.code not in RETRIED:
@@ -245,9 +243,9 @@ class Endpoint:
         return text
 
     def said(self, error: urllib.error.HTTPError) -> str:
-        """The beginning of an error's body."""
+        """The beginning of an error's body. The key is hidden before the cut could halve it."""
         try:
-            return self.whole(error)[:2000].decode(errors="replace")[:200]
+            return self.hidden(self.whole(error).decode(errors="replace"))[:200]
         except (OSError, http.client.HTTPException):
             return ""
 

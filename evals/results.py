@@ -139,8 +139,7 @@ def read_results(path: str) -> dict[str, dict]:
             label += f" against {header['against']}, judge {header['judge']}"
         if label in measures:
             raise InputError(f"{file}: {label} is in {measures[label]['file']} already")
-        values = item_values(header, records)
-        measures[label] = {"header": header, "file": file, "values": values}
+        measures[label] = {"header": header, "file": file, "values": item_values(header, records)}
     if not measures:
         raise InputError(f"{path}: no result files of eval.py")
     return measures

@@ -379,6 +379,13 @@ def test_a_key_in_the_url_is_refused_without_repeating_it(url):
     assert "secret" not in str(refused.value) and judges.KEY in str(refused.value)
 
 
+def test_no_half_of_the_key_is_shown_where_an_error_is_cut(serve):
+    server = serve(lambda q, number: (401, {}, b"x" * 190 + KEY.encode(), 0))
+    with pytest.raises(InputError) as refused:
+        judges.Endpoint(server.url, "m").ask("x")
+    assert KEY[:6] not in str(refused.value)
+
+
 def test_a_stand_in_for_a_key_spoils_no_reply(serve, monkeypatch):
     monkeypatch.setenv(judges.KEY, "e")
     server = serve(lambda q, number: (200, {}, completion("Better: 1"), 0))
