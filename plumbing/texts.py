@@ -33,19 +33,17 @@ ENDING, CLOSING = ".!?…‽؟۔।॥։。！？｡．", "\"'”’“»›)]}*
 OPENING = "\"'“‘„«‹([{¿¡*_「『（《【〈"
 WIDE_MARKS = "。！？｡．"
 GOES_ON = ".,;:!?…)]}»–—-"                # a mark before one of these has not ended the sentence
-NEVER_LAST = set("""mr mrs ms mx dr prof gen col maj capt cpt lt sgt cmdr adm gov sen rep rev hon
-    pres messrs mme mlle sra srta hr fr dra vs cf viz ca approx e.g i.e z.b d.h u.a bzw vgl evtl
-    al""".split())
+ABBREVIATIONS = set("""mr mrs ms mx dr prof gen col maj capt lt sgt gov sen rep rev hon messrs mme
+    mlle sra srta hr fr vs cf viz ca approx bzw vgl evtl al inc ltd co corp bros jr sr esq etc dept
+    univ est st ave blvd rd mt ft usw""".split())
 BEFORE_NUMBERS = set("""no nos nr fig figs eq eqs sec secs ch chap vol vols p pp art par ver ed tab
     jan feb mar apr jun jul aug sep sept oct nov dec""".split())
-EITHER = set("inc ltd co corp bros jr sr esq etc dept univ est st ave blvd rd mt ft usw".split())
-# Words that begin sentences, and no names: after EITHER or an initial, the sentence has ended.
+# Words that begin sentences, and no names: after an abbreviation, the sentence has ended.
 BEGINNERS = set("""The A An This That These Those There Here He She It We They You I His Her Its
     Our Their My Your But And Or So Then Now Yet In On At As If When While After Before Because
     Although However Once Some Many Most All Every What Who Why How Where No Not Yes For From With
     By To Only Let Do Did Is Are Was Were""".split())
-INITIALS = re.compile(r"(?:[^\W\d_]{1,2}\.)*[^\W\d_]{1,2}")
-NUMBERING = re.compile(r"\(?(?:[0-9]{1,3}(?:\.[0-9]{1,3})*|[A-Za-z]|[IVXLivxl]{1,6})")
+INITIALS = re.compile(r"(?:[^\W\d_]{1,2}\.)*[^\W\d_]{1,2}")           # J, U.S, Ph.D, e.g
 # Lines that begin a new segment, and lines that are one by themselves.
 ITEM = re.compile(r"(?:[-*+•‣◦▪·–—]|\(?[0-9]{1,3}[.)]|\(?[a-z]\))\s|>")
 ALONE = re.compile(r"#{1,6}\s|\||```|~~~|[\W_]+\Z")
@@ -75,15 +73,12 @@ def ends_sentence(text: str, begin: int, mark: re.Match) -> bool:
         return True
     before = text[max(begin, mark.start() - 24):mark.start()]
     word = before.rpartition(" ")[2].lstrip(OPENING)
-    if mark.start() - begin < 10 and NUMBERING.fullmatch(before.strip()):
-        return False                       # "1. First", "IV. The Storm"
-    if word.lower() in NEVER_LAST:
-        return False
+    if mark.start() - begin < 10 and before.replace(".", "").strip().isdigit():
+        return False                       # "1. First", "2.1. Models"
     if word.lower() in BEFORE_NUMBERS:
         return not following[:1].isdigit()
-    initials = len(word) == 1 and word.isalpha() and word != "I" or (
-        "." in word and INITIALS.fullmatch(word))
-    if word.lower() in EITHER or initials:
+    if word.lower() in ABBREVIATIONS or word != "I" and INITIALS.fullmatch(word) and (
+            len(word) == 1 or "." in word):
         return re.match(r"\w*", following)[0] in BEGINNERS
     return True
 
