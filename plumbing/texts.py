@@ -8,7 +8,6 @@ Rules and short lists of words, no model: deterministic, linear time, every scri
 end with a mark; the words are English, with a few French, German and Spanish ones.
 tests/test_texts.py lists what they get right, and what they do not.
 """
-import codecs
 import json
 import re
 import zlib
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plumbing.chat import SURROGATE
-from plumbing.files import SMALL, InputError
+from plumbing.files import InputError
 
 PASSAGE = 2**15           # bytes: after so many a passage ends at a blank line, or by twice as many
 BLANK = re.compile(rb"\n[ \t\r]*+\n")
@@ -34,19 +33,17 @@ ENDING, CLOSING = ".!?…‽؟۔।॥։。！？｡．", "\"'”’“»›)]}*
 OPENING = "\"'“‘„«‹([{¿¡*_「『（《【〈"
 WIDE_MARKS = "。！？｡．"
 GOES_ON = ".,;:!?…)]}»–—-"                # a mark before one of these has not ended the sentence
-NEVER_LAST = set("""mr mrs ms mx dr prof gen col maj capt cpt lt sgt cmdr adm gov sen rep rev hon
-    pres messrs mme mlle sra srta hr fr dra vs cf viz ca approx e.g i.e z.b d.h u.a bzw vgl evtl
-    al""".split())
+ABBREVIATIONS = set("""mr mrs ms mx dr prof gen col maj capt lt sgt gov sen rep rev hon messrs mme
+    mlle sra srta hr fr vs cf viz ca approx bzw vgl evtl al inc ltd co corp bros jr sr esq etc dept
+    univ est st ave blvd rd mt ft usw""".split())
 BEFORE_NUMBERS = set("""no nos nr fig figs eq eqs sec secs ch chap vol vols p pp art par ver ed tab
     jan feb mar apr jun jul aug sep sept oct nov dec""".split())
-EITHER = set("inc ltd co corp bros jr sr esq etc dept univ est st ave blvd rd mt ft usw".split())
-# Words that begin sentences, and no names: after EITHER or an initial, the sentence has ended.
+# Words that begin sentences, and no names: after an abbreviation, the sentence has ended.
 BEGINNERS = set("""The A An This That These Those There Here He She It We They You I His Her Its
     Our Their My Your But And Or So Then Now Yet In On At As If When While After Before Because
     Although However Once Some Many Most All Every What Who Why How Where No Not Yes For From With
     By To Only Let Do Did Is Are Was Were""".split())
-INITIALS = re.compile(r"(?:[^\W\d_]{1,2}\.)*[^\W\d_]{1,2}")
-NUMBERING = re.compile(r"\(?(?:[0-9]{1,3}(?:\.[0-9]{1,3})*|[A-Za-z]|[IVXLivxl]{1,6})")
+INITIALS = re.compile(r"(?:[^\W\d_]{1,2}\.)*[^\W\d_]{1,2}")           # J, U.S, Ph.D, e.g
 # Lines that begin a new segment, and lines that are one by themselves.
 ITEM = re.compile(r"(?:[-*+•‣◦▪·–—]|\(?[0-9]{1,3}[.)]|\(?[a-z]\))\s|>")
 ALONE = re.compile(r"#{1,6}\s|\||```|~~~|[\W_]+\Z")
@@ -76,15 +73,12 @@ def ends_sentence(text: str, begin: int, mark: re.Match) -> bool:
         return True
     before = text[max(begin, mark.start() - 24):mark.start()]
     word = before.rpartition(" ")[2].lstrip(OPENING)
-    if mark.start() - begin < 10 and NUMBERING.fullmatch(before.strip()):
-        return False                       # "1. First", "IV. The Storm"
-    if word.lower() in NEVER_LAST:
-        return False
+    if mark.start() - begin < 10 and before.replace(".", "").strip().isdigit():
+        return False                       # "1. First", "2.1. Models"
     if word.lower() in BEFORE_NUMBERS:
         return not following[:1].isdigit()
-    initials = len(word) == 1 and word.isalpha() and word != "I" or (
-        "." in word and INITIALS.fullmatch(word))
-    if word.lower() in EITHER or initials:
+    if word.lower() in ABBREVIATIONS or word != "I" and INITIALS.fullmatch(word) and (
+            len(word) == 1 or "." in word):
         return re.match(r"\w*", following)[0] in BEGINNERS
     return True
 
@@ -159,7 +153,8 @@ class Texts:
     """The texts of a file or of a folder's .txt and .jsonl files, as passages that are read when
     they are drawn: one pass, which also checks them, notes where each begins and ends.
 
-    In memory: 32 bytes a passage of 32 KB and more. `crc`: one number for all that was read.
+    In memory: 32 bytes a passage of 32 KB and more, and during the pass the largest .txt file or
+    JSON line. `crc`: one number for all that was read.
     InputError names the file, and the line that is not UTF-8 or holds no text.
     """
 
@@ -167,16 +162,13 @@ class Texts:
         self.path, self.least, self.crc = Path(path), least, 0
         if not self.path.is_dir() and not self.path.is_file():
             raise InputError(f"--text {path}: no such file or folder (a pipe is none, either)")
+        self.places = array("q")           # per passage: file, offset of the JSON line, begin, end
         try:
             self.files = [self.path] if self.path.is_file() else sorted(
                 file for file in self.path.rglob("*")
                 if file.suffix in (".txt", ".jsonl") and file.is_file())
-            self.places = array("q")       # per passage: file, offset of the JSON line, begin, end
-            for n, file in enumerate(self.files):
-                self.crc = zlib.crc32(str(file.relative_to(self.path)).encode(), self.crc)
-                with open(file, "rb") as data:
-                    for at, begin, end in (self.in_lines if is_json(file) else self.in_text)(data):
-                        self.places.extend((n, at, begin, end))
+            for n in range(len(self.files)):
+                self.index(n)
         except OSError as error:
             raise InputError(f"{error.filename or path}: {error.strerror}") from None
         if not self.places:
@@ -189,38 +181,24 @@ class Texts:
     def __len__(self) -> int:
         return len(self.places) // 4
 
-    def in_text(self, data) -> Iterator[tuple[int, int, int]]:
-        """Places of a .txt file's passages; a megabyte of it is in memory at a time."""
-        decoder, line, at, rest = codecs.getincrementaldecoder("utf-8")(), 1, 0, b""
-        while True:
-            block = data.read(2**20)
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                line += error.object.count(b"\n", 0, error.start)
-                raise InputError(f"{data.name}, line {line}: not UTF-8 ({error.reason})") from None
-            self.crc, line = zlib.crc32(block, self.crc), line + block.count(b"\n")
-            rest += block
-            ends = [*cuts(rest, last=not block)]
-            for begin, end in zip([0, *ends], ends):
-                yield 0, at + begin, at + end
-            if not block:
-                return
-            at, rest = at + max(ends, default=0), rest[max(ends, default=0):]
-
-    def in_lines(self, data) -> Iterator[tuple[int, int, int]]:
-        """Places of the passages of JSON lines; a line is in memory at a time."""
-        at, number = 0, 0
-        while line := data.readline(SMALL):
-            number += 1
-            self.crc = zlib.crc32(line, self.crc)
-            try:
-                text = text_of_line(line)
-            except ValueError as error:
-                raise InputError(f"{data.name}, line {number}: {error}") from None
-            ends = [*cuts(text, last=True)]
-            yield from ((at, begin, end) for begin, end in zip([0, *ends], ends))
-            at += len(line)
+    def index(self, n: int):
+        """Check file n, and note its passages' places."""
+        file, at = self.files[n], 0
+        self.crc = zlib.crc32(str(file.relative_to(self.path)).encode(), self.crc)
+        with open(file, "rb") as data:
+            for number, line in enumerate(data if is_json(file) else [data.read()], 1):
+                self.crc = zlib.crc32(line, self.crc)
+                try:
+                    text = text_of_line(line) if is_json(file) else line
+                    text.decode()
+                except UnicodeDecodeError as error:
+                    number += line.count(b"\n", 0, error.start)
+                    raise InputError(f"{file}, line {number}: not UTF-8 ({error.reason})") from None
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{file}, line {number}: {error}") from None
+                for begin, end in passages(text):
+                    self.places.extend((n, at, begin, end))
+                at += len(line)
 
     def read(self, number: int, kind: str) -> tuple[list[str], list[int]]:
         """A passage's segments, and the places of those that an episode of this kind can ask for:
@@ -230,7 +208,7 @@ class Texts:
             try:
                 if is_json(self.files[n]):
                     data.seek(at)
-                    text = text_of_line(data.readline(SMALL))[begin:end].decode()
+                    text = text_of_line(data.readline())[begin:end].decode()
                 else:
                     data.seek(begin)
                     text = data.read(end - begin).decode("utf-8-sig")
@@ -247,12 +225,7 @@ def is_json(file: Path) -> bool:
 
 def text_of_line(line: bytes) -> bytes:
     """The text of a JSON line in UTF-8, empty for a blank line; ValueError says what is wrong."""
-    if len(line) == SMALL:
-        raise ValueError(f"longer than {SMALL >> 20} MB")
-    try:
-        entry = json.loads(line) if line.strip() else {"text": ""}
-    except RecursionError as error:
-        raise ValueError(error) from None
+    entry = json.loads(line) if line.strip() else {"text": ""}
     text = entry.get("text") if isinstance(entry, dict) else None
     if not isinstance(text, str):
         raise ValueError("expected an object with a field text, a string")
@@ -261,20 +234,19 @@ def text_of_line(line: bytes) -> bytes:
     return text.encode()
 
 
-def cuts(text: bytes, *, last: bool) -> Iterator[int]:
-    """Where passages of UTF-8 end, each of PASSAGE to 2 * PASSAGE bytes: at the first blank line,
-    else at the last line's end, else between two characters.
-    last: the text ends here, and so does its last passage."""
+def passages(text: bytes) -> Iterator[tuple[int, int]]:
+    """Where passages of UTF-8 begin and end, each of PASSAGE to 2 * PASSAGE bytes: they end at the
+    first blank line, else at the last line's end, else between two characters."""
     begin = 0
     while len(text) - begin > 2 * PASSAGE:
-        blank = BLANK.search(text, begin + PASSAGE, begin + 2 * PASSAGE)
-        end = blank.end() if blank else text.rfind(
-            b"\n", begin + PASSAGE, begin + 2 * PASSAGE) + 1
+        window = begin + PASSAGE, begin + 2 * PASSAGE
+        blank = BLANK.search(text, *window)
+        end = blank.end() if blank else text.rfind(b"\n", *window) + 1
         if end <= begin:
-            end = begin + 2 * PASSAGE
+            end = window[1]
             while text[end] & 0xC0 == 0x80:                        # inside a character
                 end -= 1
-        yield end
+        yield begin, end
         begin = end
-    if last and text[begin:].strip():
-        yield len(text)
+    if text[begin:].strip():
+        yield begin, len(text)
