@@ -49,8 +49,9 @@ def check(write=write):
 
     cache = new()
     assert same(model(tokens[:, :4], cache=cache), whole[:, :4]), (
-        "already the first four tokens get other hidden states than without a cache: what write "
-        "returns must hold what it was given, keys first, in order")
+        "the first four tokens already get other hidden states than without a cache. Look at the "
+        "index first: slots[b, t] is the place of row b's token t in self.k[layer][b]. "
+        "Then look at what is returned: keys first, then values, in the order of the places")
     one_by_one = [model(tokens[:, t:t + 1], cache=cache) for t in range(4, 9)]
     assert same(torch.cat(one_by_one, 1), whole[:, 4:]), (
         "the first pass is right, and the tokens after it are not: they must see the keys and "

@@ -2,18 +2,16 @@
 
 Read first: README.md (the equation map).
 
-Each of N queries got G answers. Eq. 2-3 of the paper compare an answer with its own group:
-
-    V[n] = mean_g R[n, g]            A_sol[n, g] = R[n, g] - V[n]
-
-With a self-reward R_Q the Solver's reward is R + R_Q. R and R_Q are (N, G), so is what you return.
+Each of N queries got G answers. Write the Solver's advantages, Eq. 2-3 of the paper. They say how
+much better an answer is than the others to the same query. With a self-reward R_Q, the reward of an
+answer is R + R_Q. R and R_Q are (N, G). The result is (N, G), too.
 Afterwards compare with lsp.solver_advantages.
 """
 import torch
 
 
 def solver_advantages(R, R_Q=None):
-    raise NotImplementedError("return each reward less the mean of its own group, (N, G)")
+    raise NotImplementedError("return the advantage of each answer, (N, G)")
 
 
 # ---------------------------------------------------------------- the check

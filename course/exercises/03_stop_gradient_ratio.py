@@ -19,8 +19,7 @@ import torch
 
 
 def policy_loss(logp, ref_logp, advantages, mask, *, beta):
-    raise NotImplementedError("return -mean of ratio * advantage; the ratio is pi / sg(pi), made "
-                              "from the sum of logp over the mask")
+    raise NotImplementedError("return the loss, a scalar")
 
 
 # ---------------------------------------------------------------- the check

@@ -3,11 +3,9 @@
 Read first: sample.py (Completion). A row is a prompt's token ids and a completion.
 
 The function below runs, its log-probs agree with the sampler's, and training with it looks well.
-One line is wrong. The check tells you a symptom; find the cause and mend it. It is a bug that
-public code has shipped. Afterwards compare with train.token_log_probs. Guess what the bug does
-to a whole run, and look (in so small a world little; why?):
-
-    python course/exercises/break_it.py no-stop-token --seed 1
+One line is wrong. Delete the line that raises, and grade: the check tells you a symptom. Find the
+cause and mend it, then compare with train.token_log_probs. It is a bug that
+public code has shipped.
 """
 import torch
 
@@ -22,6 +20,7 @@ from train import Row
 def token_log_probs(model, rows, temperature):
     """Log-probs of the rows' completion tokens (B, T), and the mask (B, T) of those that are in
     the loss. Rows are padded on the right."""
+    raise NotImplementedError("delete this line, grade again, and find the wrong line")
     eos = model.raw_config["eos_token_id"]
     whole = [row.prompt + row.completion.tokens for row in rows]
     tokens = torch.full((len(rows), max(map(len, whole))), eos)              # (B, S)
