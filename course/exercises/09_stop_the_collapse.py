@@ -1,6 +1,6 @@
 """Exercise 9, 45 minutes: watch LSP-Zero degenerate, and stop it three times.
 
-Read first: README.md (what LSP is, the embedded world).
+Read first: README.md (what LSP is), docs/MANUAL.md (the embedded world).
 
     python train.py --algo lsp-zero --seed 1
 

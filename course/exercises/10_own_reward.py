@@ -1,6 +1,6 @@
 """Exercise 10, 60 minutes: your own reward for the Challenger.
 
-Read first: exercise 5, README.md (the embedded world); the check plays for a minute.
+Read first: exercise 5, docs/MANUAL.md (the embedded world); the check plays for a minute.
 
 LSP pays its Challenger -V + V_Q. Others ask no judge; p is the share of the G answers to a query
 that are right:
