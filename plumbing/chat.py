@@ -45,10 +45,10 @@ def fit(tokenizer: "Tokenizer", rows: list[tuple[str, ...]], messages, limit: in
     Where they do not fit, the last text loses its end, as much as it must; if it is then empty, the
     one before it loses its own. InputError where even empty texts are too long.
     """
-    chats = lambda rows: tokenizer.chats([messages(*texts) for texts in rows],
-                                         generation_prompt=generation_prompt)
+    chat = lambda texts: tokenizer.chat(messages(*texts), generation_prompt=generation_prompt)
     fitted = []
-    for texts, ids in zip(map(list, rows), chats(rows)):
+    for row in rows:
+        texts, ids = list(row), chat(row)
         cut = len(ids) > limit
         for i in reversed(range(len(texts))):
             if len(ids) <= limit:
@@ -57,10 +57,10 @@ def fit(tokenizer: "Tokenizer", rows: list[tuple[str, ...]], messages, limit: in
             while too_long - fits > 1:                             # bisection on where to cut
                 middle = (fits + too_long) // 2
                 texts[i] = whole[:middle]
-                good = len(chats([texts])[0]) <= limit
+                good = len(chat(texts)) <= limit
                 fits, too_long = (middle, too_long) if good else (fits, middle)
             texts[i] = whole[:fits]
-            (ids,) = chats([texts])
+            ids = chat(texts)
         if len(ids) > limit:
             raise InputError(f"{tokenizer.path}: the prompt has {len(ids)} tokens before any text "
                              f"is filled in, and {limit} fit")
@@ -207,14 +207,13 @@ class Tokenizer:
         apart, in ordinary tokens; contents without such names get the ids of transformers'
         apply_chat_template.
         """
-        return self.chats([messages], generation_prompt=generation_prompt)[0]
-
-    def chats(self, conversations: list[list[dict]], *,
-              generation_prompt: bool = True) -> list[list[int]]:
-        """chat() of several conversations: the template's process is asked once for many."""
-        hidden = [self._hide_names(messages) for messages in conversations]
-        texts = self._render([swapped for swapped, _ in hidden], generation_prompt)
-        return [self._ids(text, marks) for text, (_, marks) in zip(texts, hidden)]
+        hidden, marks = self._hide_names(messages)
+        names, ids = {mark: name for name, mark in marks.items()}, []
+        text = self._render(hidden, generation_prompt)
+        for piece in re.split(f"([{''.join(names)}])", text) if names else [text]:
+            ids += (self.encode(names[piece]) if piece in names
+                    else self._encode(piece, special=True).ids)
+        return ids
 
     def _hide_names(self, messages: list[dict]) -> tuple[list[dict], dict]:
         """The messages with a mark for each special token's name in them, and the marks."""
@@ -227,14 +226,6 @@ class Tokenizer:
         return [m | {"content": self._special_name.sub(lambda n: marks[n[0]], m["content"])}
                 for m in messages], marks
 
-    def _ids(self, text: str, marks: dict) -> list[int]:
-        """A rendered conversation's ids; what a mark stands for becomes ordinary tokens."""
-        names_of, ids = {mark: name for name, mark in marks.items()}, []
-        for piece in re.split(f"([{''.join(names_of)}])", text) if marks else [text]:
-            ids += (self.encode(names_of[piece]) if piece in names_of
-                    else self._encode(piece, special=True).ids)
-        return ids
-
     def _find_template(self, settings: dict) -> str:
         file = inside(self.path, "chat_template.jinja")
         source = read_small(file) if file.exists() else settings.get("chat_template")
@@ -245,13 +236,13 @@ class Tokenizer:
             raise InputError(f"{self.path}: no chat template; take an Instruct checkpoint")
         return source
 
-    def _render(self, conversations: list, generation_prompt: bool) -> list[str]:
-        """Conversations under the checkpoint's template, in jinja2's sandbox."""
+    def _render(self, messages: list[dict], generation_prompt: bool) -> str:
+        """A conversation under the checkpoint's template, in jinja2's sandbox."""
         variables = self._names | {"add_generation_prompt": generation_prompt, "tools": None,
                                    "documents": None, "date_string": self.date_string}
         try:
             template = compiled(self._template, self.date_string)
-            return [template.render(variables, messages=messages) for messages in conversations]
+            return template.render(variables, messages=messages)
         except Exception as error:                 # a template may fail in any way
             reason = (str(error).strip() or type(error).__name__)[:300]
             raise InputError(f"{self.path}: chat template: {reason}") from None
@@ -270,7 +261,7 @@ class Tokenizer:
                 ids.add(i)
         mark = "\ue000"                          # a private-use character: in no token's name
         turn = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
-        (text,) = self._render([turn], False)
+        text = self._render(turn, False)
         if text.count(mark) < 2:
             raise InputError(f"{self.path}: the chat template leaves out what is said")
         self._check_ids(text)

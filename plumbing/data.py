@@ -69,8 +69,7 @@ def check_data(path: str, data: list, tokenizer: Tokenizer, limit: int):
         for text in (query, *SURROGATE.findall(gold or "")):
             if (strange := tokenizer.unencodable(text)) is not None:
                 refuse(n, f"the model's tokenizer cannot encode {strange!r}")
-    turns = [[{"role": "user", "content": query}] for query, _ in data]
-    for n, ids in enumerate(tokenizer.chats(turns)):
+        ids = tokenizer.chat([{"role": "user", "content": query}])
         if len(ids) > limit:
             refuse(n, f"the prompt has {len(ids)} tokens; the model's context, less the answer's, "
                    f"holds {limit}")

@@ -337,8 +337,8 @@ def check_text_stays_text(tokenizer, count):
     parts = [*names, *(n[:-1] for n in names[:9]), *(n[1:] for n in names[:9]), "\n", " ", "a", "é",
              "\ue000", "<", "|>", "[INST]", "</s>", "{{ bos_token }}", "{instruction}", "<<SYS>>"]
     queries = ["".join(pick.choices(parts, k=pick.randrange(9))) for _ in range(count)] + names
-    for query, ids in zip(queries, tokenizer.chats(
-            [[{"role": "user", "content": q}] for q in queries])):
+    for query in queries:
+        ids = tokenizer.chat([{"role": "user", "content": query}])
         assert [i for i in ids if i in special] == wanted, query
         assert not special & set(tokenizer.encode(query)), query
         if unknown is None:
@@ -601,15 +601,15 @@ def test_bos_comes_from_the_older_map_or_the_tokenizers_class(tmp_path, place):
     if place == "special_tokens_map":
         (path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<|begin|>"}}')
     name = {"class": "<s>", "special_tokens_map": "<|begin|>"}[place]
-    assert Tokenizer(path)._render([TURN], False)[0].startswith(name + "x")
+    assert Tokenizer(path)._render(TURN, False).startswith(name + "x")
 
 
 def test_the_date_of_a_template_is_fixed_and_can_be_set(tmp_path, monkeypatch):
     path = model(tmp_path, tokenizer_config=lambda c: c.update(chat_template=(
         "{{ strftime_now('%d %b %Y') }}|{{ date_string }}" + c["chat_template"])))
-    assert Tokenizer(path)._render([TURN], False)[0].startswith("26 Jul 2024|26 Jul 2024")
+    assert Tokenizer(path)._render(TURN, False).startswith("26 Jul 2024|26 Jul 2024")
     monkeypatch.setattr(Tokenizer, "date_string", "01 Jan 2026")
-    assert Tokenizer(path)._render([TURN], False)[0].startswith("01 Jan 2026|01 Jan 2026")
+    assert Tokenizer(path)._render(TURN, False).startswith("01 Jan 2026|01 Jan 2026")
 
 
 def test_a_tied_model_with_another_head_is_refused_and_one_with_a_copy_loads(tmp_path):

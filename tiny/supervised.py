@@ -49,7 +49,7 @@ def new_model(shipped: Path, seed: int) -> Llama:
 def reply_loss(model: Llama, tokenizer: Tokenizer, rows: list) -> tuple[Tensor, int]:
     """Cross-entropy of the rows' replies, stop tokens included: sum in nats, number of tokens."""
     end = model.raw_config["eos_token_id"]
-    turns = tokenizer.chats([[{"role": "user", "content": turn}] for turn, _ in rows])
+    turns = [tokenizer.chat([{"role": "user", "content": turn}]) for turn, _ in rows]
     replies = [tokenizer.encode(reply) + [end] for _, reply in rows]
     tokens = pad_sequence([torch.tensor(t + r) for t, r in zip(turns, replies)],
                           batch_first=True, padding_value=end)               # (B, T)

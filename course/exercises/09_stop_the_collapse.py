@@ -5,8 +5,8 @@ Read first: README.md (what LSP is), docs/MANUAL.md (the embedded world).
     python train.py --algo lsp-zero --seed 1
 
 Watch the examples and "malformed" in the lines of the evaluations: after 15 to 30 steps the
-Challenger asks for nothing that can be answered. Write three ways to stop it, each as a list of train.py's
-flags (the check adds --seed 1), such as ["--algo", "lsp-zero", "--kl", "k3"]:
+Challenger asks for nothing that can be answered. Write three ways to stop it, each as a list of
+train.py's flags (the check adds --seed 1), such as ["--algo", "lsp-zero", "--kl", "k3"]:
 
     by_alpha          the Challenger learns less than the Solver       --alpha-ch, below .75
     by_beta           both are held near the reference                 --beta, above .05
