@@ -154,6 +154,7 @@ def test_set_up_on_a_gpu_limits_its_memory_and_loads_every_model_there(cuda, tmp
     monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda f, n: limits.append((f, n)),
                         raising=False)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", limits.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     s, _ = resolve({"model": str(tmp_path / "m"), "reward": str(tmp_path / "rm"),
                     "gpu_memory": 24.0, "query_tokens": 8, "answer_tokens": 8, "judge_tokens": 8})
     with simcuda.Mode():
