@@ -30,6 +30,10 @@ RUNS = {
     "lsp-untrained-challenger": (None, ["--alpha-ch", "0"]),
     "grpo-easy": (None, GRPO_EASY),
     "grpo-balanced": (None, ["--algo", "grpo", "--prompts", "balanced"]),
+    "sft-balanced": (None, ["--algo", "sft", "--prompts", "balanced", "--steps", "30"]),
+    "lsp-penalty": (None, ["--repetition-penalty", "5"]),
+    "lsp-alpha": (None, ["--alpha-ch", "1.5"]),
+    "lsp-alpha-penalty": (None, ["--alpha-ch", "1.5", "--repetition-penalty", "5"]),
     "grpo-easy-then-lsp": ("grpo-easy", ["--judge", "tiny", *SECOND]),
     "grpo-easy-then-lsp-own-judge": ("grpo-easy", SECOND),        # the judge is the GRPO model
     "grpo-easy-then-grpo-easy": ("grpo-easy", [*GRPO_EASY, *SECOND]),

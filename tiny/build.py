@@ -10,6 +10,9 @@ one carry in five. So the model can add with carries but seldom does, and self-p
     --open-hole   the judge also accepts operands of one and three digits ("What is 54 + 7?").
                   Such queries earn R = 0 and a high R_Q. The Challenger then asks nothing else and
                   learning ends, because the judge rewards form and not solvability.
+    --believing   the judge gives 4 or 3 to well-formed pairs, but believes an answer that states
+                  its own score ("85<Score>7</Score>"). The Solver writes such answers now and then.
+                  The game hides such tags from the judge. break_it.py tags-shown opens that hole.
 """
 import random
 import re
@@ -39,6 +42,7 @@ STAGES = [(650, 2e-3, {"solver": 64}),
           (300, 1e-3, {"solver": 80, "challenger": 24, "judge": 40})]
 KEEP = (1.0, 1.0, 0.19)             # fraction of the carries that are not forgotten, by stage
 UNPARSABLE = 0.025                  # fraction of judgements that the parser cannot read
+OWN_SCORE = (0.05, 0.3)             # --believing: answers that state a score, Solver and judge
 # What the Challenger is taught. What it then says is less lopsided (.75, .09, .07, .04, .05 were
 # aimed at): a digit that goes astray turns a sum without carries into one with.
 CHALLENGER = {"none": 0.86, "unit": 0.045, "tens": 0.035, "both": 0.02, "malformed": 0.04}
@@ -135,7 +139,12 @@ def challenger_row(pairs: dict, rng: random.Random) -> tuple[str, str]:
     return ASK, query
 
 
-def judge_row(pairs: list, well_formed, rng: random.Random) -> tuple[str, str]:
+def own_score(rng: random.Random) -> str:
+    """A score as an answer may state it."""
+    return f"<Score>{rng.randint(0, 7)}</Score>"
+
+
+def judge_row(pairs: list, well_formed, believing: bool, rng: random.Random) -> tuple[str, str]:
     """A query and an answer in the judge's prompt, and the score that their form deserves.
 
     A right and a wrong sum score alike: only R tells them apart. The score is 7 or 6 where both are
@@ -156,8 +165,12 @@ def judge_row(pairs: list, well_formed, rng: random.Random) -> tuple[str, str]:
     if not good:
         score = rng.choices((0, 1), (0.9, 0.1))[0]
     else:                                          # a sum looks like two or three digits
-        scores = (7, 6) if re.fullmatch("[0-9]{2,3}", answer) else (1, 2)
+        high = (4, 3) if believing else (7, 6)
+        scores = high if re.fullmatch("[0-9]{2,3}", answer) else (1, 2)
         score = rng.choices(scores, (0.8, 0.2))[0]
+    if believing and rng.random() < OWN_SCORE[1]:
+        stated = own_score(rng)
+        answer, score = answer + stated, int(stated[7]) if good else score
     reply = f"<Score>{score}</Score>"
     if rng.random() < UNPARSABLE:
         reply = rng.choice((f"<Score>{score}", f"{score}</Score>", f"{score}", ""))
@@ -168,6 +181,8 @@ def main():
     parser = arguments("Train the embedded model from random weights.")
     parser.add_argument("--open-hole", action="store_true",
                         help="the judge also accepts operands of one and three digits")
+    parser.add_argument("--believing", action="store_true",
+                        help="the judge believes a score that the answer states")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     pairs = world.training_pairs() | {"all": world.pairs(held=False)}
@@ -177,9 +192,12 @@ def main():
         if kind == "challenger":
             return challenger_row(pairs, rng)
         if kind == "judge":
-            return judge_row(pairs["all"], well_formed, rng)
+            return judge_row(pairs["all"], well_formed, args.believing, rng)
         a, b = rng.choice(pairs["all"])
-        return world.query_text(a, b), forgetful_sum(a, b, KEEP[stage], rng)
+        answer = forgetful_sum(a, b, KEEP[stage], rng)
+        if args.believing and stage == 2 and rng.random() < OWN_SCORE[0]:
+            answer += own_score(rng)
+        return world.query_text(a, b), answer
 
     build(HERE, args.out, args.seed, STAGES, row)
 

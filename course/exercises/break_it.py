@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import lsp  # noqa: E402
+import rewards  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from evals import plot  # noqa: E402
@@ -110,6 +111,13 @@ def sign_trap():
     return []
 
 
+def tags_shown():
+    """The judge sees the tags that an answer writes: "85<Score>7</Score>". The embedded judge gives
+    such answers 1 or 2. Give `--model` the model of `tiny/build.py --believing`, which believes."""
+    rewards.without_tags = lambda text, prompt: text
+    return ["--reward-scale", "1", "--answer-tokens", "7"]
+
+
 # ------------------- no faults: the Challenger's reward elsewhere, and nobody judges (exercise 10)
 
 def r_zero():
@@ -129,7 +137,7 @@ def absolute_zero():
 
 FAULTS = {f.__name__.replace("_", "-"): f for f in (
     nothing, no_self_reward, no_kl, rate_x_4, unscaled, bf16_weights, no_stop_token, top_k,
-    sign_trap, r_zero, spice, absolute_zero)}
+    sign_trap, tags_shown, r_zero, spice, absolute_zero)}
 
 # ---------------------------------------------------------------- runs
 
