@@ -98,17 +98,13 @@ def as_rewards(values, count: int) -> Tensor:
     A NaN that reaches the update skips it, and is counted. Anything but one number for each answer
     stops the run.
     """
+    wanted = f"the reward must return {count} numbers, one for each answer"
     try:
         R = torch.as_tensor(values, dtype=torch.float32).cpu()
-        found = f"a tensor of shape {tuple(R.shape)}"
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        R, found = torch.tensor([]), f"{type(values).__name__}"
-        if isinstance(values, (list, tuple)):
-            odd = next((f"{x!r:.40}" for x in values if not isinstance(x, (int, float))), "")
-            found = f"{len(values)} values, of them {odd}"
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise RunStopped(f"{wanted}; found {values!r:.40}: {error}") from None
     if R.shape != (count,):
-        raise RunStopped(f"the reward must return {count} numbers, one for each answer; found "
-                         + found)
+        raise RunStopped(f"{wanted}; found a tensor of shape {tuple(R.shape)}")
     return torch.where(R.isfinite(), R, float("nan"))
 
 

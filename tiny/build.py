@@ -139,11 +139,6 @@ def challenger_row(pairs: dict, rng: random.Random) -> tuple[str, str]:
     return ASK, query
 
 
-def own_score(rng: random.Random) -> str:
-    """A score as an answer may state it."""
-    return f"<Score>{rng.randint(0, 7)}</Score>"
-
-
 def judge_row(pairs: list, well_formed, believing: bool, rng: random.Random) -> tuple[str, str]:
     """A query and an answer in the judge's prompt, and the score that their form deserves.
 
@@ -169,8 +164,8 @@ def judge_row(pairs: list, well_formed, believing: bool, rng: random.Random) -> 
         scores = high if re.fullmatch("[0-9]{2,3}", answer) else (1, 2)
         score = rng.choices(scores, (0.8, 0.2))[0]
     if believing and rng.random() < OWN_SCORE[1]:
-        stated = own_score(rng)
-        answer, score = answer + stated, int(stated[7]) if good else score
+        stated = rng.randint(0, 7)
+        answer, score = f"{answer}<Score>{stated}</Score>", stated if good else score
     reply = f"<Score>{score}</Score>"
     if rng.random() < UNPARSABLE:
         reply = rng.choice((f"<Score>{score}", f"{score}</Score>", f"{score}", ""))
@@ -196,7 +191,7 @@ def main():
         a, b = rng.choice(pairs["all"])
         answer = forgetful_sum(a, b, KEEP[stage], rng)
         if args.believing and stage == 2 and rng.random() < OWN_SCORE[0]:
-            answer += own_score(rng)
+            answer += "<Score>7</Score>"
         return world.query_text(a, b), answer
 
     build(HERE, args.out, args.seed, STAGES, row)
