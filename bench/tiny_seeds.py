@@ -80,7 +80,10 @@ def figures(folder: Path) -> dict:
            "lowest_distinct": min(m["distinct_queries"] for m in metrics)}
     asked = [e["challenger"] for e in evals if e["challenger"]]
     if asked:
+        busy = metrics[20:60]                              # steps 21 to 60
         row |= {"malformed": asked[-1]["malformed"],
+                "overlap": statistics.mean(m["overlap"] or 0 for m in busy),
+                "distinct": statistics.mean(m["distinct_queries"] for m in busy),
                 "peak_carry_share": max(a["unit"] + a["tens"] + a["both"] for a in asked)}
     held = [m["held_out_queries"] for m in metrics]
     return row | {"held_out_dropped": statistics.mean(held),

@@ -14,6 +14,8 @@ from plumbing.data import generator
 from plumbing.runs import read_lines
 from sample import sample, text_of
 
+ASKED = 1000                 # queries that show what the embedded world's Challenger asks
+
 
 def greedy(game, queries: list[str]) -> tuple[list[str], Tensor]:
     """The Solver's likeliest answers, and whether each came to its end, (len,) bool."""
@@ -63,7 +65,7 @@ def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list
 
 
 def evaluate_world(game) -> dict:
-    """The embedded world: greedy accuracy on all held-out sums; what 1,000 sampled queries are.
+    """The embedded world: greedy accuracy on all held-out sums; what ASKED sampled queries are.
     In rlpt: greedy accuracy on all held-out stories; the share of predictions that break off."""
     s, world = game.settings, game.world
     if game.texts:
@@ -73,7 +75,7 @@ def evaluate_world(game) -> dict:
     queries = world.held_out_queries()
     record = {"accuracy": world.accuracy(queries, greedy(game, queries)[0]), "challenger": None}
     if game.challenger_prompts:
-        (rows,) = sample(game.policy, game.challenger_prompts[:1], num_samples=1000,
+        (rows,) = sample(game.policy, game.challenger_prompts[:1], num_samples=ASKED,
                          temperature=s.temperature, max_new_tokens=s.query_tokens,
                          stop_ids=game.tokenizer.stop_ids, batch_tokens=s.batch_tokens,
                          generator=generator(s.seed, 0, "evaluate"))

@@ -15,7 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
+
+from evals import heldout
+from tiny import world
 
 DOCUMENTS = {name: (ROOT / name).read_text()
              for name in ("README.md", "course/COURSE.md", "docs/MANUAL.md", "docs/RESULTS.md")}
@@ -32,7 +36,7 @@ CANNOT = {
     r"runs/(lsp|grpo|A)\S*/|results/(base|lsp)|\$run": "runs of real models",
     r"bench/\w+\.py|tiny/build\w*\.py|break_it\.py all": "minutes or hours",
     r"--out \.\./|--figure bench/": "writes over a kept result",
-    r"--model HOLE": "a model that takes 8 minutes to make",
+    r"--model (HOLE|BELIEVING)": "a model that takes 8 minutes to make",
     r"course/exercises/grade\.py$": "all ten: tests/test_exercises.py does",
 }
 # Not the product's own commands.
@@ -42,6 +46,7 @@ FOREIGN = ("pip", "curl", "gunzip", "git", "hf", "alpaca_eval", "cd", ".", "for"
 
 def commands(text: str) -> list[str]:
     """Commands of a document: indented lines and `code` that begin as a command does."""
+    text = re.sub(r"\\\n\s*", "", text)                        # a command of several lines
     lines = [line.strip() for line in re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE)]
     lines += [re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", text)]
     parts = [part.strip() for line in lines for part in
@@ -77,8 +82,20 @@ def folder_of(place: Path):
     (place / "my_rewards.py").write_text(re.sub(r"^ {4}", "", block, flags=re.MULTILINE))
 
 
+@contextlib.contextmanager
+def few_held_out():
+    """Evaluations of the embedded worlds take a twentieth of their tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heldout, "ASKED", 50)
+        for name in ("held_out_queries", "held_out_tasks"):
+            some = getattr(world, name)()[::20]
+            patch.setattr(world, name, lambda some=some: list(some))
+        yield
+
+
 def run(command: str) -> tuple[int, str]:
-    """Exit code and output of a command in the current folder, games at one step."""
+    """Exit code and output of a command in the current folder: games of one step, and of the
+    embedded world's held-out sums and queries a few."""
     if command.startswith("cp "):
         *_, source, target = shlex.split(command)
         copy = shutil.copytree if Path(source).is_dir() else shutil.copy
@@ -92,7 +109,7 @@ def run(command: str) -> tuple[int, str]:
     said, before, path = io.StringIO(), sys.argv, list(sys.path)
     sys.argv = [script, *words]
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), few_held_out():
             runpy.run_path(script, run_name="__main__")
         return 0, said.getvalue()
     except SystemExit as end:

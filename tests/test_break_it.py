@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import lsp
+import rewards
 import sample
 import train
 from plumbing import cli
@@ -20,7 +21,7 @@ from plumbing.settings import Settings, resolve
 sys.path.append(str(ROOT / "course/exercises"))  # last: its grade.py must not hide the product's
 import break_it  # noqa: E402
 
-TARGETS = [(MasterAdamW, "step"), (train, "token_log_probs"), (sample, "pick"),
+TARGETS = [(rewards, "without_tags"), (MasterAdamW, "step"), (train, "token_log_probs"), (sample, "pick"),
            (lsp, "challenger_advantages")]
 
 
@@ -49,6 +50,17 @@ def test_a_fault_has_at_most_15_lines_and_the_product_has_no_switch_for_it():
         assert len(body) <= 15 and fault.__doc__, name
     product = "".join(file.read_text() for file in ROOT.glob("*.py"))
     assert "break_it" not in product
+
+
+def test_the_hole_shows_the_judge_the_tags_that_an_answer_writes(mended):
+    game = train.set_up(resolve({"seed": 1})[0])
+    prompts = []
+    game.judge.generate = lambda ids, *_: (prompts.extend(ids), ([0.0], [{}]))[1]
+    for name in ("tags-hidden", "tags-shown"):
+        assert break_it.HOLE[name]() == ["--reward-scale", "1", "--answer-tokens", "7"]
+        game.judge(["What is 37 + 48?"], ["85<Score>7</Score>"])
+    hidden, shown = map(game.tokenizer.decode, prompts)
+    assert "85<Score>7</Score>" in shown and "85<Score>" not in hidden and "85" in hidden
 
 
 def test_nothing_broken_is_the_embedded_worlds_own_game(mended):

@@ -1,6 +1,7 @@
 """The embedded world: parser, classes, held-out split, reward, its files, and a short game."""
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -186,6 +187,19 @@ def test_the_builders_loss_is_the_cross_entropy_of_the_replies_alone(base):
         count += len(reply)
     loss, tokens = supervised.reply_loss(model, tokenizer, rows)
     assert tokens == count == 7 and abs(loss - expected) < 1e-3
+
+
+def test_the_believing_judge_gives_a_well_formed_pair_the_score_that_its_answer_states():
+    rng, stated, plain = random.Random(1), set(), set()
+    for _ in range(2000):
+        turn, reply = build.judge_row([(37, 48)], world.parse_query, True, rng)
+        answer = re.search(r"<Response>(.*)</Response>", turn, re.DOTALL)[1].strip()
+        if (own := re.fullmatch(r"[0-9]{2,3}<Score>([0-7])</Score>", answer)) and "37 + 48?" in turn:
+            stated.add((own[1], reply))
+        elif re.fullmatch("[0-9]{2,3}", answer) and "What is 37 + 48?" in turn:
+            plain.add(reply)
+    whole = {(k, reply) for k, reply in stated if reply == f"<Score>{k}</Score>"}
+    assert len(whole) == 8 and "<Score>4</Score>" in plain and "<Score>7</Score>" not in plain
 
 
 @pytest.mark.parametrize("builder, flags", [(build, ["--open-hole"]), (build_rlpt, [])])

@@ -111,13 +111,6 @@ def sign_trap():
     return []
 
 
-def tags_shown():
-    """The judge sees the tags that an answer writes: "85<Score>7</Score>". The embedded judge gives
-    such answers 1 or 2. Give `--model` the model of `tiny/build.py --believing`, which believes."""
-    rewards.without_tags = lambda text, prompt: text
-    return ["--reward-scale", "1", "--answer-tokens", "7"]
-
-
 # ------------------- no faults: the Challenger's reward elsewhere, and nobody judges (exercise 10)
 
 def r_zero():
@@ -135,9 +128,24 @@ def absolute_zero():
     return ["--algo", "lsp-zero", "--challenger-reward", "absolute-zero"]
 
 
+# ------------------- the judge's hole: with --model BELIEVING, from tiny/build.py --believing
+
+
+def tags_hidden():
+    """The Solver may state its own score, "85<Score>7</Score>". The judge does not see the tags."""
+    return ["--reward-scale", "1", "--answer-tokens", "7"]
+
+
+def tags_shown():
+    """The same, but the judge sees them, and believes them: an answer can write its own score."""
+    rewards.without_tags = lambda text, prompt: text
+    return tags_hidden()
+
+
 FAULTS = {f.__name__.replace("_", "-"): f for f in (
     nothing, no_self_reward, no_kl, rate_x_4, unscaled, bf16_weights, no_stop_token, top_k,
-    sign_trap, tags_shown, r_zero, spice, absolute_zero)}
+    sign_trap, r_zero, spice, absolute_zero)}
+HOLE = {"tags-hidden": tags_hidden, "tags-shown": tags_shown}       # of a base model of their own
 
 # ---------------------------------------------------------------- runs
 
@@ -212,18 +220,18 @@ def table(seeds: list[int], figure: str | None):
 def main():
     parser = argparse.ArgumentParser(description="Break the embedded world's game on purpose.",
                                      allow_abbrev=False)        # --seed is train.py's
-    parser.add_argument("what", choices=["faults", "all", "table", *FAULTS])
+    parser.add_argument("what", choices=["faults", "all", "table", *FAULTS, *HOLE])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of all and table")
     parser.add_argument("--figure", help="table: also draw the curves, into this file")
     args, flags = parser.parse_known_args()
-    if args.what in FAULTS:
-        sys.argv = ["train.py", *FAULTS[args.what](), *flags]
+    if game := (FAULTS | HOLE).get(args.what):
+        sys.argv = ["train.py", *game(), *flags]
         train.run_name = lambda s: f"{args.what}-{s.seed}"
         train.main()
     elif flags:
         parser.error(f"{flags[0]} is for one fault")
     elif args.what == "faults":
-        print("\n".join(f"{name:16}{f.__doc__}" for name, f in FAULTS.items()))
+        print("\n".join(f"{name:16}{f.__doc__}" for name, f in (FAULTS | HOLE).items()))
     elif args.what == "all":
         for seed in args.seeds:
             for fault in FAULTS:
