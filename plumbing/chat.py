@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tokenizers
 from jinja2 import Template, TemplateError
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from plumbing.files import InputError, inside, read_json, read_small
@@ -68,16 +68,6 @@ def fit(tokenizer: "Tokenizer", rows: list[tuple[str, ...]], messages, limit: in
     return fitted
 
 
-class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, transformers' mark of what to train on, is rendered
-    as if it were not there."""
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
 @lru_cache(maxsize=8)
 def compiled(source: str, date: str) -> Template:
     """A chat template with the few functions that templates expect, as transformers renders it; the
@@ -86,7 +76,7 @@ def compiled(source: str, date: str) -> Template:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = lambda x, **options: json.dumps(
         x, ensure_ascii=False, **options)
     day = datetime.strptime(date, "%d %b %Y")
@@ -112,7 +102,7 @@ class Tokenizer:
                              f"'{self.path}').save_pretrained('{self.path}')\"")
         source, settings = read_small(file), read_json(inside(self.path, "tokenizer_config.json"))
         self._names = self._find_names(settings)
-        self.tokenizer = self._open(self._complete(source, settings))
+        self.tokenizer = self._open(source)
         added = self.tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items()
                         if token.special and token.content}
@@ -124,9 +114,7 @@ class Tokenizer:
     def _open(self, source: str) -> tokenizers.Tokenizer:
         try:
             tokenizer = tokenizers.Tokenizer.from_str(source)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:              # a panic in Rust is no Exception
+        except Exception as error:                  # the library has no error class of its own
             raise InputError(f"{self.path / 'tokenizer.json'}: {error}") from None
         tokenizer.no_truncation()                   # a text is never cut or filled up unasked
         tokenizer.no_padding()
@@ -144,44 +132,14 @@ class Tokenizer:
         return {key: value.get("content") if isinstance(value, dict) else value
                 for key, value in named.items() if value}
 
-    def _complete(self, source: str, settings: dict) -> str:
-        """tokenizer.json with what only tokenizer_config.json has: further added tokens
-        (added_tokens_decoder), and that the token which ends a turn is a special one."""
-        given = settings.get("added_tokens_decoder") or {}
-        plain = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word", "special"), False)
-        try:
-            found = json.loads(source)
-            known = {token["content"]: token for token in found.get("added_tokens") or []}
-            eos = known.get(self._names.get("eos_token"), {"special": True})
-            new = {token["content"]: plain | token | {"id": int(number)}
-                   for number, token in given.items() if token["content"] not in known}
-            if eos["special"] and not new:
-                return source
-            eos["special"] = True
-            if isinstance(found["model"].get("vocab"), dict):
-                found["model"]["vocab"] = {
-                    name: token["id"] for name, token in new.items()} | found["model"]["vocab"]
-            tokens = [*known.values(), *new.values()]
-            found["added_tokens"] = sorted(tokens, key=lambda token: token["id"])
-            return json.dumps(found)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return source                          # the tokenizers library says what is wrong
-
     def encode(self, text: str) -> list[int]:
         """Plain text to ids: no BOS, and a special token's name becomes ordinary tokens."""
         return self._encode(text, special=False).ids
 
     def _encode(self, text: str, *, special: bool):
-        """special: whether special tokens' names become them. A tokenizer may break on a text: that
-        is bad input, too."""
+        """special: whether special tokens' names become them."""
         self.tokenizer.encode_special_tokens = not special
-        try:
-            return self.tokenizer.encode(text, add_special_tokens=False)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:              # a panic in Rust is no Exception
-            raise InputError(f"{self.path / 'tokenizer.json'} fails on the text {text[:40]!r}: "
-                             f"{error}") from None
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def unencodable(self, text: str) -> str | None:
         """The first piece of a text without a token, or None; only small vocabularies lack any."""
@@ -264,23 +222,9 @@ class Tokenizer:
         text = self._render(turn, False)
         if text.count(mark) < 2:
             raise InputError(f"{self.path}: the chat template leaves out what is said")
-        self._check_ids(text)
         first = self._special_name.search(text.rpartition(mark)[2])        # what follows the answer
         ids |= {self.special[first[0]]} if first else set()
         if not ids:
             raise InputError(f"{self.path}: no token ends an answer; name it as eos_token_id in "
                              "generation_config.json")
         return ids
-
-    def _check_ids(self, chat: str):
-        """Every id that a text or the template can give has a row in the model's embedding."""
-        file = inside(self.path, "config.json")
-        rows = read_json(file).get("vocab_size") if file.exists() else None
-        if not isinstance(rows, int):
-            return
-        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        names = [name for name in vocabulary if name not in self.special]
-        highest = max([vocabulary[name] for name in names] + self._encode(chat, special=True).ids)
-        if highest >= rows:
-            raise InputError(f"{self.path}: tokenizer.json has a token {highest}, config.json a "
-                             f"vocab_size of {rows}")

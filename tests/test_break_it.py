@@ -21,8 +21,8 @@ from plumbing.settings import Settings, resolve
 sys.path.append(str(ROOT / "course/exercises"))  # last: its grade.py must not hide the product's
 import break_it  # noqa: E402
 
-TARGETS = [(rewards, "without_tags"), (MasterAdamW, "step"), (train, "token_log_probs"), (sample, "pick"),
-           (lsp, "challenger_advantages")]
+TARGETS = [(rewards, "without_tags"), (MasterAdamW, "step"), (train, "token_log_probs"),
+           (sample, "pick"), (lsp, "challenger_advantages")]
 
 
 @pytest.fixture

@@ -312,12 +312,6 @@ def test_a_tokenizer_that_pads_or_cuts_does_neither_here(tmp_path, part, value):
     assert Tokenizer(tmp_path / "m").chat(text) == ids
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tmp_path):
-    write_checkpoint(tmp_path / "m", "untied", vocab_size=299)
-    with pytest.raises(InputError, match="a token 299, config.json a vocab_size of 299"):
-        Tokenizer(tmp_path / "m")
-
-
 @pytest.mark.parametrize("eos", ["2", [[2]], True, 10**30, -1, {"id": 2}])
 def test_a_stop_token_that_is_no_id_is_refused(tmp_path, eos):
     write_checkpoint(tmp_path / "m", "untied", eos_token_id=eos)
@@ -543,16 +537,6 @@ def no_eos(content):
     content["eos_token_id"] = None
 
 
-def test_a_turns_end_that_only_tokenizer_config_names_is_a_stop_token(tmp_path):
-    def plain(content):
-        next(t for t in content["added_tokens"] if t["content"] == END)["special"] = False
-    path = model(tmp_path, tokenizer=plain, config=no_eos, generation_config=no_eos,
-                 tokenizer_config=lambda c: c.update(eos_token=END))
-    tokenizer = Tokenizer(path)
-    assert tokenizer.stop_ids == {tokenizer.special[END]}
-    assert tokenizer.special[END] not in tokenizer.encode(END)     # in a text it stays text
-
-
 def test_a_model_without_any_stop_token_is_refused(tmp_path):
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     path = model(tmp_path, config=no_eos, generation_config=no_eos, tokenizer_config=lambda c: (
@@ -561,26 +545,9 @@ def test_a_model_without_any_stop_token_is_refused(tmp_path):
         Tokenizer(path)
 
 
-def test_added_tokens_that_only_tokenizer_config_has_are_added(tmp_path):
-    held = {}
-
-    def take(content):
-        held.update(next(t for t in content["added_tokens"] if t["content"] == END))
-        content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != END]
-        content["model"]["vocab"].pop(END, None)
-    before = Tokenizer(model(tmp_path)).chat(TURN)
-    shutil.rmtree(tmp_path / "m")
-    path = model(tmp_path, tokenizer=take)
-    file = path / "tokenizer_config.json"
-    given = {str(held["id"]): {key: held[key] for key in held if key != "id"}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"added_tokens_decoder": given}))
-    assert Tokenizer(path).chat(TURN) == before and held["id"] in before
-
-
 @pytest.mark.parametrize("head", [
     "{% if tools is not none %}{{ tools | tojson }}{% endif %}",
-    "{% if documents is not none %}documents{% endif %}",
-    "{% generation %}{% endgeneration %}"])
+    "{% if documents is not none %}documents{% endif %}"])
 def test_templates_see_what_transformers_gives_them(tmp_path, head):
     ids = Tokenizer(model(tmp_path)).chat(TURN)
     shutil.rmtree(tmp_path / "m")

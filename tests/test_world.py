@@ -194,7 +194,8 @@ def test_the_believing_judge_gives_a_well_formed_pair_the_score_that_its_answer_
     for _ in range(2000):
         turn, reply = build.judge_row([(37, 48)], world.parse_query, True, rng)
         answer = re.search(r"<Response>(.*)</Response>", turn, re.DOTALL)[1].strip()
-        if (own := re.fullmatch(r"[0-9]{2,3}<Score>([0-7])</Score>", answer)) and "37 + 48?" in turn:
+        own = re.fullmatch(r"[0-9]{2,3}<Score>([0-7])</Score>", answer)
+        if own and "What is 37 + 48?" in turn:
             stated.add((own[1], reply))
         elif re.fullmatch("[0-9]{2,3}", answer) and "What is 37 + 48?" in turn:
             plain.add(reply)
