@@ -114,7 +114,9 @@ class Tokenizer:
     def _open(self, source: str) -> tokenizers.Tokenizer:
         try:
             tokenizer = tokenizers.Tokenizer.from_str(source)
-        except Exception as error:                  # the library has no error class of its own
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:              # a panic in Rust is no Exception
             raise InputError(f"{self.path / 'tokenizer.json'}: {error}") from None
         tokenizer.no_truncation()                   # a text is never cut or filled up unasked
         tokenizer.no_padding()
