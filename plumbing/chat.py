@@ -141,7 +141,11 @@ class Tokenizer:
     def _encode(self, text: str, *, special: bool):
         """special: whether special tokens' names become them."""
         self.tokenizer.encode_special_tokens = not special
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:
+            raise InputError(f"{self.path / 'tokenizer.json'} fails on the text {text[:40]!r}: "
+                             f"{error}") from None
 
     def unencodable(self, text: str) -> str | None:
         """The first piece of a text without a token, or None; only small vocabularies lack any."""
