@@ -1,7 +1,7 @@
 """Kill, starve and corrupt runs at random moments; each must end as if nothing had happened.
 
     python bench/faults.py                    # docs/RESULTS.md's table; minutes are in its JSON
-    python bench/faults.py --quick            # 8 kills, and one or two of all else, for the tests
+    python bench/faults.py --quick            # 4 kills, and one or two of all else, for the tests
 
 Every life of a run is a process of its own (forked, so that it need not import torch again) that
 calls train.py's main() with --requeue. A trial recovers when the run reaches its last step; it
@@ -43,7 +43,7 @@ COMMON = ["--model", "m", "--queries", "2", "--answers", "2", "--query-tokens", 
 GAMES = {"lsp": ["--reward", "rm"], "lsp-zero": ["--reward", "rm", "--algo", "lsp-zero"],
          "grpo": ["--reward", "rm", "--algo", "grpo", "--prompts", "p.jsonl"]}
 # name: (trials, trials with --quick); a kill is a trial of its own
-CAMPAIGN = {"kill -9 at a random moment": (54, 4), "kill -9 inside checkpoint writing": (54, 4),
+CAMPAIGN = {"kill -9 at a random moment": (54, 2), "kill -9 inside checkpoint writing": (54, 2),
             "SIGTERM or SIGINT, every third twice": (15, 1), "checkpoint file cut": (15, 1),
             "checkpoint bit flipped": (20, 1), "checkpoint left half-written": (12, 1),
             "records cut or half a line more": (12, 1), "disk full": (10, 1),

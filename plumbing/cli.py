@@ -8,7 +8,6 @@ import inspect
 import io
 import re
 import sys
-from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,24 +38,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({hint}--help lists the flags)")
 
 
-class Output(io.FileIO):
-    """A standard stream that drops what it cannot write: its disk is full, or its reader has ended
-    (`| head`). So printing never ends a run."""
-
-    def write(self, data) -> int:
-        with suppress(OSError):
-            return super().write(data) or len(data)            # None: a pipe that would block
-        return len(data)
-
-
 def run_script(main):
     """Call main(); bad input and a stopped run end in one line on standard error and their code."""
-    for name in ("stdout", "stderr"):
-        old = getattr(sys, name)
-        if old and old is getattr(sys, f"__{name}__"):          # neither closed nor redirected
-            setattr(sys, name, io.TextIOWrapper(                # unbuffered: the order is kept
-                Output(old.fileno(), "w", closefd=False), old.encoding,
-                "backslashreplace", write_through=True))        # an emoji on a latin-1 terminal
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):       # an emoji on a latin-1 terminal ends no run
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except (InputError, RunStopped) as error:

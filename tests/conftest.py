@@ -12,6 +12,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from checkpoints import CONFIGS, random_llama, write_checkpoint  # noqa: E402
 
+from evals import heldout  # noqa: E402
+from tiny import world  # noqa: E402
+
 # The models here are tiny: threads would only wait for each other,
 # in this process and in those it starts.
 torch.set_num_threads(1)
@@ -38,6 +41,15 @@ def assets(request):
     if folder is None:
         pytest.skip("needs real tokenizers and weights: pytest --assets DIR")
     return folder
+
+
+@pytest.fixture
+def few_held_out(monkeypatch):
+    """Evaluations of the embedded worlds take a twentieth of their tasks."""
+    monkeypatch.setattr(heldout, "ASKED", 50)
+    for name in ("held_out_queries", "held_out_tasks"):
+        some = getattr(world, name)()[::20]
+        monkeypatch.setattr(world, name, lambda some=some: list(some))
 
 
 @pytest.fixture

@@ -15,11 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT
-
-from evals import heldout
-from tiny import world
 
 DOCUMENTS = {name: (ROOT / name).read_text()
              for name in ("README.md", "course/COURSE.md", "docs/MANUAL.md", "docs/RESULTS.md")}
@@ -82,20 +78,8 @@ def folder_of(place: Path):
     (place / "my_rewards.py").write_text(re.sub(r"^ {4}", "", block, flags=re.MULTILINE))
 
 
-@contextlib.contextmanager
-def few_held_out():
-    """Evaluations of the embedded worlds take a twentieth of their tasks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heldout, "ASKED", 50)
-        for name in ("held_out_queries", "held_out_tasks"):
-            some = getattr(world, name)()[::20]
-            patch.setattr(world, name, lambda some=some: list(some))
-        yield
-
-
 def run(command: str) -> tuple[int, str]:
-    """Exit code and output of a command in the current folder: games of one step, and of the
-    embedded world's held-out sums and queries a few."""
+    """Exit code and output of a command in the current folder, games at one step."""
     if command.startswith("cp "):
         *_, source, target = shlex.split(command)
         copy = shutil.copytree if Path(source).is_dir() else shutil.copy
@@ -109,7 +93,7 @@ def run(command: str) -> tuple[int, str]:
     said, before, path = io.StringIO(), sys.argv, list(sys.path)
     sys.argv = [script, *words]
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), few_held_out():
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             runpy.run_path(script, run_name="__main__")
         return 0, said.getvalue()
     except SystemExit as end:

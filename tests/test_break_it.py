@@ -21,6 +21,8 @@ from plumbing.settings import Settings, resolve
 sys.path.append(str(ROOT / "course/exercises"))  # last: its grade.py must not hide the product's
 import break_it  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("few_held_out")
+
 TARGETS = [(rewards, "without_tags"), (MasterAdamW, "step"), (train, "token_log_probs"),
            (sample, "pick"), (lsp, "challenger_advantages")]
 
@@ -115,12 +117,12 @@ def test_the_rewards_of_others_are_flags_and_reach_the_game(mended, name):
     assert torch.allclose(r.A_ch[r.learn], earned - earned.mean(), atol=1e-5)
 
 
-def test_one_fault_runs_with_the_seed_and_flags_that_it_was_given(tmp_path):
-    command = "top-k --seed 7 --steps 1 --out there --device cpu"
-    script = ROOT / "course/exercises/break_it.py"
-    done = subprocess.run([sys.executable, script, *shlex.split(command)],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_one_fault_runs_with_the_seed_and_flags_that_it_was_given(mended, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run_name", None)                 # main() names the run
+    command = "break_it.py top-k --seed 7 --steps 1 --out there --device cpu"
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    break_it.main()
     assert json.loads((tmp_path / "there/config.json").read_text())["seed"] == 7
 
 

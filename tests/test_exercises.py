@@ -15,6 +15,8 @@ import rewards
 import train
 from plumbing import cache, logprobs
 
+pytestmark = pytest.mark.usefixtures("few_held_out")
+
 FOLDER = ROOT / "course/exercises"
 sys.path.append(str(FOLDER))                     # last: its grade.py must not hide the product's
 spec = importlib.util.spec_from_file_location("exercises_grade", FOLDER / "grade.py")

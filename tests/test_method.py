@@ -23,6 +23,8 @@ from plumbing.settings import resolve
 from sample import Completion, sample
 from train import Row, accumulate, reference_log_probs
 
+pytestmark = pytest.mark.usefixtures("few_held_out")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -299,32 +301,6 @@ def play_tiny(monkeypatch, out, *flags):
     monkeypatch.setattr(sys, "argv", ["train.py", "--algo", "lsp-zero", "--steps", "2", "--queries",
                                       "2", "--eval-every", "9", "--out", str(out), *flags])
     train.main()
-
-
-@pytest.mark.parametrize("lost", ["full disk", "no reader", "closed"])
-def test_a_run_goes_on_when_nobody_can_read_what_it_prints(tmp_path, monkeypatch, lost):
-    reader, pipe = os.pipe()
-    os.close(reader)
-    with open("/dev/full", "w") as full, open(pipe, "w") as unparsed:
-        stream = {"full disk": full, "no reader": unparsed, "closed": None}[lost]
-        for name in ("stdout", "__stdout__"):
-            monkeypatch.setattr(sys, name, stream)
-        cli.run_script(lambda: play_tiny(monkeypatch, tmp_path / "run"))
-        monkeypatch.undo()
-    assert (tmp_path / "run/checkpoint/model.safetensors").exists()
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_bad_input_exits_with_2_where_standard_error_cannot_be_written(monkeypatch):
-    def main():
-        raise InputError("bad")
-    with open("/dev/full", "w") as full:
-        for name in ("stderr", "__stderr__"):
-            monkeypatch.setattr(sys, name, full)
-        with pytest.raises(SystemExit) as end:
-            cli.run_script(main)
-        monkeypatch.undo()
-    assert end.value.code == 2
 
 
 def test_a_model_that_cannot_play_is_no_checkpoint_and_ends_the_run_in_a_line(

@@ -32,6 +32,8 @@ from documents import (
 from plumbing import cli
 from plumbing.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("few_held_out")
+
 README, MANUAL, BENCH = (
     DOCUMENTS[name] for name in ("README.md", "docs/MANUAL.md", "docs/RESULTS.md"))
 ALL = list(dict.fromkeys(c for text in (*DOCUMENTS.values(), *EXERCISES.values())

@@ -22,6 +22,8 @@ from plumbing.settings import Settings, resolve
 from sample import Completion, sample
 from train import Game, Row, accumulate, reference_log_probs, token_log_probs
 
+pytestmark = pytest.mark.usefixtures("few_held_out")
+
 
 def game(policy, reference=None, **settings):
     s = Settings(model="random", **settings)
