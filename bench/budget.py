@@ -63,12 +63,9 @@ class Words:
     def encode(self, text: str) -> list[int]:
         return [int(word) if word.isdigit() else 0 for word in re.findall(r"\d+|[^\s\d]+", text)]
 
-    def chat(self, messages: list[dict]) -> list[int]:
+    def chat(self, messages: list[dict], *, generation_prompt: bool = True) -> list[int]:
         around = [1] * (budget.TURN // 2)
         return around + [i for m in messages for i in self.encode(m["content"])] + around
-
-    def chats(self, conversations, *, generation_prompt: bool = True) -> list[list[int]]:
-        return [self.chat(messages) for messages in conversations]
 
 
 def set_up(load: Load, changes: dict) -> tuple[Game, MasterAdamW]:

@@ -1,4 +1,5 @@
 """The sampler against the full forward pass, the softmax, and itself in other company."""
+import io
 import math
 import subprocess
 import sys
@@ -144,15 +145,24 @@ def run(*arguments, text=None):
                           capture_output=True, text=True)
 
 
-def test_the_script_answers_chats_and_plays_the_challenger(tmp_path):
+def said(monkeypatch, capsys, *arguments, text="") -> str:
+    """What main() prints, with these lines on standard input."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    main()
+    return capsys.readouterr().out
+
+
+def test_the_script_answers_chats_and_plays_the_challenger(tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path / "m", "untied", max_position_embeddings=8192)
     common = ["--model", tmp_path / "m", "--max-new-tokens", "5", "--device", "cpu", "--seed", "1"]
     answer = run(*common, "Hello")
     assert answer.returncode == 0 and answer.stderr == ""
-    assert answer.stdout.strip() and answer.stdout == run(*common, "Hello").stdout
-    chat = run(*common, "--chat", text="Hello\nAnd then?\n")
-    assert chat.returncode == 0 and chat.stdout.count("> ") >= 3
-    assert run(*common, "--challenger", "--task", "Sums").returncode == 0
+    again = said(monkeypatch, capsys, *common, "Hello")
+    assert answer.stdout.strip() and answer.stdout == again
+    chat = said(monkeypatch, capsys, *common, "--chat", text="Hello\nAnd then?\n")
+    assert chat.count("> ") >= 3
+    assert said(monkeypatch, capsys, *common, "--challenger", "--task", "Sums")
 
 
 @pytest.mark.parametrize("arguments, message", [
