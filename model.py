@@ -26,7 +26,7 @@ from plumbing.cache import Cache, Continuation, Prompts
 # A checkpoint is weights and tokenizer: one room opens both.
 from plumbing.chat import Tokenizer  # noqa: F401
 from plumbing.config import Config, dtype_name, parse_config
-from plumbing.files import POINTER, PROMPTS, InputError, inside, read_json
+from plumbing.files import POINTER, PROMPTS, InputError, read_json
 from plumbing.logprobs import wide
 
 # What save_model carries over from the source directory,
@@ -257,7 +257,7 @@ class Llama(nn.Module):
 def weight_files(path: Path) -> list[Path]:
     """The model's safetensors: one file, or the shards that an index names
     (files beside it, nowhere else)."""
-    index, whole = (inside(path, f"model.safetensors{end}") for end in (".index.json", ""))
+    index, whole = (path / f"model.safetensors{end}" for end in (".index.json", ""))
     if not index.exists():
         shards = sorted(path.glob("model-*-of-*.safetensors"))       # without an index: all of them
         others = {"adapter_config.json": "a LoRA adapter, not a model: merge it into its base "
@@ -272,12 +272,12 @@ def weight_files(path: Path) -> list[Path]:
     if not isinstance(shards, dict) or not all(
             isinstance(f, str) and Path(f).name == f for f in shards.values()):
         raise InputError(f"{index}: weight_map must map tensor names to file names")
-    return [inside(path, file) for file in sorted(set(shards.values()))]
+    return [path / file for file in sorted(set(shards.values()))]
 
 
 def read_config(path) -> Config:
     """What a directory's config.json says; InputError for what this forward pass does not do."""
-    file = inside(Path(path), "config.json")
+    file = Path(path) / "config.json"
     return parse_config(read_json(file), str(file))
 
 
@@ -289,7 +289,7 @@ def load_model(path, *, device="cpu", dtype=torch.float32, writes: bool = False)
     surplus or misshapen tensor; with writes, for a reward model.
     """
     path = Path(path)
-    raw, config = read_json(inside(path, "config.json")), read_config(path)
+    raw, config = read_json(path / "config.json"), read_config(path)
     if config.dtype not in ("float64", "float32", "float16", "bfloat16"):
         raise InputError(f"{path / 'config.json'}: dtype {config.dtype!r} is not supported")
     if writes and config.scalar_head:
@@ -321,7 +321,7 @@ def load_model(path, *, device="cpu", dtype=torch.float32, writes: bool = False)
                          "transformers then does by itself")
     model.raw_config = raw
     model.carried = {
-        name: inside(path, name).read_bytes() for name in CARRIED if (path / name).exists()}
+        name: (path / name).read_bytes() for name in CARRIED if (path / name).exists()}
     return model
 
 

@@ -15,7 +15,7 @@ from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from plumbing.files import InputError, inside, read_json, read_small
+from plumbing.files import InputError, read_json, read_small
 
 SURROGATE = re.compile("[\ud800-\udfff]")     # half a character: JSON can hold it, UTF-8 cannot
 PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
@@ -95,12 +95,12 @@ class Tokenizer:
 
     def __init__(self, path):
         self.path = Path(path)
-        file = inside(self.path, "tokenizer.json")
+        file = self.path / "tokenizer.json"
         if not file.exists() and (self.path / "tokenizer.model").exists():
             raise InputError(f"{file}: no such file, only tokenizer.model; to make one: python -c "
                              "\"from transformers import AutoTokenizer as T; T.from_pretrained("
                              f"'{self.path}').save_pretrained('{self.path}')\"")
-        source, settings = read_small(file), read_json(inside(self.path, "tokenizer_config.json"))
+        source, settings = read_small(file), read_json(self.path / "tokenizer_config.json")
         self._names = self._find_names(settings)
         self.tokenizer = self._open(source)
         added = self.tokenizer.get_added_tokens_decoder()
@@ -125,7 +125,7 @@ class Tokenizer:
     def _find_names(self, settings: dict) -> dict[str, str]:
         """What templates call bos_token and so on: tokenizer_config.json, else
         special_tokens_map.json, else what the tokenizer's class stands for."""
-        file = inside(self.path, "special_tokens_map.json")
+        file = self.path / "special_tokens_map.json"
         older = read_json(file) if file.exists() else {}
         if settings.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
             older = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | older
@@ -191,7 +191,7 @@ class Tokenizer:
                 for m in messages], marks
 
     def _find_template(self, settings: dict) -> str:
-        file = inside(self.path, "chat_template.jinja")
+        file = self.path / "chat_template.jinja"
         source = read_small(file) if file.exists() else settings.get("chat_template")
         if isinstance(source, list):                              # several by name: the default one
             source = next((t.get("template") for t in source
@@ -216,7 +216,7 @@ class Tokenizer:
                  self.tokenizer.get_added_tokens_decoder().items()}
         ids = {added[eos]} if (eos := self._names.get("eos_token")) in added else set()
         for name in ("config.json", "generation_config.json"):
-            file = inside(self.path, name)
+            file = self.path / name
             eos = read_json(file).get("eos_token_id") if file.exists() else None
             for i in eos if isinstance(eos, list) else [] if eos is None else [eos]:
                 if type(i) is not int or not 0 <= i < 2**31:

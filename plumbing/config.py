@@ -35,14 +35,13 @@ def parse_config(raw: dict, name: str = "config.json") -> Config:
         if not condition:
             raise InputError(f"{name}: {message}")
 
-    def number(source, key, kind=int, default=None, most=1e15, least=0):
+    def number(source, key, kind=int, default=None):
         value = source.get(key)
         value = default if value is None else value
         good = (isinstance(value, (int, float) if kind is float else int)
                 and not isinstance(value, bool))
         need(good and 0 < value < 1e15,
              f"{key} must be a positive {kind.__name__}, found {value!r}")
-        need(least <= value <= most, f"{key} = {value} cannot be meant")
         return kind(value)
 
     names = raw.get("architectures") or ["LlamaForCausalLM"]
@@ -59,9 +58,8 @@ def parse_config(raw: dict, name: str = "config.json") -> Config:
               else raw.get("num_labels", 2))
     need(not scalar_head or labels == 1, f"a reward model has one label, found {labels}")
 
-    # The bounds are far above any Llama: no file makes us allocate or loop without end.
-    heads = number(raw, "num_attention_heads", most=2**12)
-    width = number(raw, "hidden_size", most=2**18)
+    heads = number(raw, "num_attention_heads")
+    width = number(raw, "hidden_size")
     # Two spellings: rope_scaling beside rope_theta,
     # and since transformers 5 both in rope_parameters.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -76,17 +74,18 @@ def parse_config(raw: dict, name: str = "config.json") -> Config:
     tied = raw.get("tie_word_embeddings")
     need(tied in (True, False, None), f"tie_word_embeddings must be true or false, found {tied!r}")
     config = Config(
-        vocab_size=number(raw, "vocab_size", most=2**24), hidden_size=width,
-        intermediate_size=number(raw, "intermediate_size", most=2**20),
-        num_hidden_layers=number(raw, "num_hidden_layers", most=999), num_attention_heads=heads,
+        vocab_size=number(raw, "vocab_size"), hidden_size=width,
+        intermediate_size=number(raw, "intermediate_size"),
+        num_hidden_layers=number(raw, "num_hidden_layers"), num_attention_heads=heads,
         num_key_value_heads=number(raw, "num_key_value_heads", default=heads),
-        head_dim=number(raw, "head_dim", default=width // heads, most=2**14),
-        max_position_embeddings=number(raw, "max_position_embeddings", default=2048, most=2**31),
-        rms_norm_eps=number(raw, "rms_norm_eps", float, 1e-6, most=1),
-        rope_theta=number(rope if "rope_theta" in rope else raw, "rope_theta", float, 10000.0,
-                          least=1),
+        head_dim=number(raw, "head_dim", default=width // heads),
+        max_position_embeddings=number(raw, "max_position_embeddings", default=2048),
+        rms_norm_eps=number(raw, "rms_norm_eps", float, 1e-6),
+        rope_theta=number(rope if "rope_theta" in rope else raw, "rope_theta", float, 10000.0),
         rope_scaling=scaling, tie_word_embeddings=bool(tied), scalar_head=scalar_head,
         dtype=dtype_name(raw))
+    layers = config.num_hidden_layers
+    need(layers < 1000, f"num_hidden_layers {layers} cannot be meant")
     need(heads % config.num_key_value_heads == 0, f"num_attention_heads {heads} is not a multiple "
          f"of num_key_value_heads {config.num_key_value_heads}")
     need(config.head_dim % 2 == 0, f"head_dim must be even, found {config.head_dim}")

@@ -37,23 +37,6 @@ class InputError(Exception):
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def inside(folder: Path, name: str) -> Path:
-    """folder/name; InputError if it leads out of the folder, or is not a regular file.
-
-    A stranger's link must not make us read a file elsewhere and copy it into checkpoints. The
-    hub's cache counts as one folder: snapshots/REVISION/x -> ../../blobs/HASH.
-    """
-    if not name.isprintable():
-        raise InputError(f"{folder / name} cannot be a file's name")
-    file, home = (Path(os.path.realpath(p)) for p in (folder / name, folder))
-    home = home.parent.parent if home.parent.name == "snapshots" else home
-    # Weights may be linked to another disk: they are read as numbers and never copied.
-    if not file.is_relative_to(home) and not name.endswith(".safetensors"):
-        raise InputError(f"{folder / name} is a link out of its directory: put the file there")
-    check_regular(folder / name)
-    return folder / name
-
-
 def check_regular(path: Path):
     """InputError for a pipe, a device or a folder. Files are read more than once."""
     if os.path.lexists(path) and not os.path.isfile(path):
@@ -134,13 +117,13 @@ def read_prompt(path, places=()) -> str:
 
 def prompt_file(model_path: Path, name: str) -> Path:
     """prompts/NAME.txt of the model's directory if it brings one, else of this project."""
-    own = inside(model_path, f"prompts/{name}.txt")
+    own = model_path / f"prompts/{name}.txt"
     return own if own.exists() else HERE / "prompts" / f"{name}.txt"
 
 
 def preset_of(folder: Path) -> dict:
     """The object in a model's training.json; {} without that file."""
-    file = inside(folder, "training.json")
+    file = folder / "training.json"
     return read_json(file) if file.exists() else {}
 
 

@@ -14,7 +14,6 @@ from plumbing.files import (
     NAMES,
     InputError,
     find_model,
-    inside,
     pick_device,
     prompt_file,
     read_json,
@@ -275,7 +274,7 @@ def resolve(given: dict) -> tuple[Settings, dict]:
         given = continued(folder, given)
     name = given.get("model", "tiny-rlpt" if given.get("algo") == "rlpt" else Settings.model)
     path = find_model(name, weights=not given.get("dry_run"))
-    file = inside(path, "training.json")
+    file = path / "training.json"
     preset = MODELS.get(name, {}) | (read_preset(file) if file.exists() else {})
     algo = given.get("algo", preset.get("algo", Settings.algo))
     s = Settings(**{"model": name} | ALGOS[algo] | preset | OVER_PRESETS.get(algo, {}) | given)

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from model import load_model, parse_config, save_model
 from plumbing import cli, files, log
 from plumbing.chat import Tokenizer, fit
 from plumbing.data import read_data
-from plumbing.files import HERE, InputError, find_model, inside, read_json
+from plumbing.files import HERE, InputError, find_model, read_json
 from plumbing.memory import MasterAdamW
 from plumbing.settings import Settings, resolve
 from sample import Completion
@@ -189,16 +188,11 @@ def test_a_message_is_one_line_that_prints_whatever_a_file_holds():
                        "high_freq_factor": 4, "original_max_position_embeddings": 64}},
      "low_freq_factor must be below"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, found 'false'"),
-    ({"hidden_size": 10**12}, "hidden_size = 1000000000000 cannot be meant"),
-    ({"vocab_size": 10**12}, "vocab_size"), ({"intermediate_size": 10**12}, "intermediate_size"),
-    ({"head_dim": 10**9}, "head_dim"), ({"num_attention_heads": 10**9}, "num_attention_heads"),
-    ({"max_position_embeddings": 10**12}, "max_position"), ({"rope_theta": 1e-300}, "rope_theta"),
-    ({"hidden_size": 10**400}, "hidden_size"), ({"rms_norm_eps": 10}, "rms_norm_eps")])
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 cannot be meant"),
+    ({"hidden_size": 10**400}, "hidden_size"), ({"num_attention_heads": -1}, "num_attention")])
 def test_a_config_that_nobody_means_is_refused_before_anything_is_allocated(change, message):
-    begun = time.process_time()
     with pytest.raises(InputError, match=message):
         parse_config(read_json(TOKENIZER.parent.parent.parent / "tiny/config.json") | change)
-    assert time.process_time() - begun < 0.5
 
 
 @pytest.mark.parametrize("preset, message", [
@@ -213,23 +207,15 @@ def test_a_strangers_preset_sets_no_path_and_no_absurd_number(tmp_path, preset, 
         resolve({"model": str(tmp_path / "m")})
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json",
-                                  "tokenizer_config.json", "generation_config.json",
-                                  "special_tokens_map.json", "chat_template.jinja",
-                                  "prompts/challenger.txt", "training.json"])
-@pytest.mark.parametrize("kind", ["link", "pipe"])
-def test_a_link_out_of_the_directory_and_a_pipe_are_refused_by_name(tmp_path, name, kind):
-    if (name, kind) == ("model.safetensors", "link"):
-        return                       # weights may lie on another disk: the test of them is below
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json",
+                                  "generation_config.json", "special_tokens_map.json",
+                                  "chat_template.jinja", "training.json"])
+def test_a_pipe_is_refused_by_name(tmp_path, name):
     write_checkpoint(tmp_path / "m", "untied")
-    secret = tmp_path / "secret"
     file = tmp_path / "m" / name
-    secret.write_bytes(file.read_bytes() if file.exists() else b"secret")
-    file.parent.mkdir(exist_ok=True)
     file.unlink(missing_ok=True)
-    file.symlink_to(secret) if kind == "link" else os.mkfifo(file)
-    with pytest.raises(InputError, match=name + (
-            " is a link out" if kind == "link" else ": not a regular file")):
+    os.mkfifo(file)
+    with pytest.raises(InputError, match=name + ": not a regular file"):
         resolve({"model": str(tmp_path / "m")})
         Tokenizer(tmp_path / "m")
         load_model(tmp_path / "m")
@@ -248,9 +234,6 @@ def test_the_hubs_cache_of_links_into_its_blobs_still_opens(tmp_path):
     for path in (snapshot, tmp_path / "link"):
         assert Tokenizer(path).chat([{"role": "user", "content": "a"}])
         save_model(load_model(path), tmp_path / f"saved-{path.name}")
-    with pytest.raises(InputError, match="a link out"):
-        (snapshot / "training.json").symlink_to(tmp_path / "plain")
-        inside(snapshot, "training.json")
 
 
 def test_of_a_hub_repositorys_folders_only_its_prompts_are_fetched(monkeypatch, tmp_path):
