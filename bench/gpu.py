@@ -1,28 +1,36 @@
 """What one GPU makes of a model in its exact shape, with random weights ~ N(0, .02).
 
-    python bench/gpu.py                                        # llama-3.2-3b, all sections
-    python bench/gpu.py --only step --limits 24                # one whole LSP step in 24 GB
-    python bench/gpu.py --shape llama-3.2-1b --only decode --compile
-    python bench/gpu.py --shape tiny --device cpu              # the code alone, on any machine
+    python bench/gpu.py --part 1 --out gpu.jsonl          # 5 minutes: is it right? a whole step
+    python bench/gpu.py --part 2 --out gpu.jsonl          # 7 minutes: 24 and 48 GB, decode, update
+    python bench/gpu.py --only step --limits 24           # one whole LSP step in 24 GB
+    python bench/gpu.py --shape tiny --device cpu         # the code alone, on any machine
 
-step: a whole LSP step by train.py's play and update at the paper's settings, for each memory limit
-(GB = 1e9 bytes) in a process of its own, below 80 with --offload; completions first of full length,
-then of geometric lengths with mean --mean-tokens, cut at the full length. decode: batch 1 and 64,
-beside transformers' generate. logp: sampler against trainer. attention: which kernels ran. Bounds:
-best of ten copies of 1 GiB and of ten bf16 products of 8,192 squared, or 85 % of the data sheet
-where that is more.
+No network is needed. Every row is printed and written as soon as it exists; a section that fails
+prints its traceback, and the next one runs; what runs in a process of its own has a time limit.
+Sections, in order: parity (bench/parity.py: backends, graphs, log-probs, what stays, offload),
+game (the embedded one: 8 steps, resumed), step (a whole LSP step by train.py's play and update at
+the paper's settings, for each memory limit in GB = 1e9 bytes, below 80 with --offload; completions
+first of full length, then of geometric lengths with mean --mean-tokens, cut at the full length),
+decode (batch 1 and 64, beside transformers' generate), update, logp (sampler against trainer, all
+layers), attention (which kernels ran). Bounds: best of ten copies of 1 GiB and of ten bf16 products
+of 8,192 squared, or 85 % of the data sheet where that is more.
 """
+import argparse
+import functools
 import gc
 import json
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
 import measure  # first: it puts the project's folder before bench/
+import parity
 import torch
 from measure import ROOT, Load
 from torch.profiler import ProfilerActivity, profile
@@ -39,7 +47,9 @@ from rewards import SELF_REWARD, Judge, RewardModel
 from sample import Completion, sample
 from train import Game, Row, accumulate, plan_of, play, reference_log_probs, token_log_probs, update
 
-SECTIONS = ("attention", "decode", "update", "logp", "step")
+SECTIONS = ("parity", "game", "step", "decode", "update", "logp", "attention")
+PARTS = {1: (("parity", "game", "step"), [80.0]),
+         2: (("step", "decode", "update", "logp", "attention"), [24.0, 48.0])}
 # Data sheets: GB/s, and dense bf16 TFLOP/s with fp32 sums. The first name that fits counts.
 SHEETS = {"H200": (4800, 989), "H100 PCIe": (2000, 756), "H100 NVL": (3938, 835),
           "H100": (3350, 989), "A100-SXM4-80GB": (2039, 312), "A100 80GB PCIe": (1935, 312),
@@ -196,9 +206,10 @@ def step_game(args, s: Settings, folder: Path) -> tuple[Game, MasterAdamW]:
     return game, optimizer
 
 
-def step_child(args) -> list[dict]:
-    """A warm-up step, then the two that are measured, under the limit of this process."""
-    limit, rows = args.limits[0], []
+def step_child(args):
+    """A warm-up step, then the two that are measured, under the limit of this process: each prints
+    its row."""
+    limit = args.limits[0]
     if args.where.type == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total))
@@ -221,17 +232,21 @@ def step_child(args) -> list[dict]:
         count = lambda rows: sum(len(row.tokens) for row in rows)
         tokens = {"challenge": count(r.query_rows), "solve": sum(map(count, r.answer_rows)),
                   "judge": sum(len(j["judgement"].split()) for j in r.judgements)}
-        rows.append({
-            "limit_gb": limit, "offload": s.offload, "lengths": lengths, "seconds": whole,
-            "phase_seconds": dict(game.phase.seconds), "peak_gb": dict(game.phase.peak_gb),
-            "reserved_gb": dict(game.phase.reserved), "budget_gb": estimated, "tokens": tokens,
-            "logp_difference": m["logp_difference"], "faults": m["faults"],
-            "batch_tokens": s.batch_tokens, "micro_batch_tokens": s.micro_batch_tokens})
-    return rows[1:]
+        if step:
+            print(json.dumps({
+                "limit_gb": limit, "offload": s.offload, "lengths": lengths, "step_seconds": whole,
+                "tokens_per_second": {name: count / game.phase.seconds[name]
+                                      for name, count in tokens.items()
+                                      if game.phase.seconds.get(name)},
+                "phase_seconds": dict(game.phase.seconds), "peak_gb": dict(game.phase.peak_gb),
+                "reserved_gb": dict(game.phase.reserved), "budget_gb": estimated, "tokens": tokens,
+                "logp_difference": m["logp_difference"], "faults": m["faults"],
+                "batch_tokens": s.batch_tokens, "micro_batch_tokens": s.micro_batch_tokens}),
+                  flush=True)
 
 
-def step_section(args, bound) -> tuple[list[dict], str]:
-    rows = []
+def step_section(args, bound, write):
+    """One child process for each memory limit: it writes a row for each kind of lengths."""
     for limit in args.limits:
         flags = {"shape": args.shape, "layers": args.layers, "vocabulary": args.vocabulary,
                  "device": args.device,
@@ -241,52 +256,44 @@ def step_section(args, bound) -> tuple[list[dict], str]:
                  "judge-tokens": args.judge_tokens, "mean-tokens": args.mean_tokens}
         command = [sys.executable, str(ROOT / "bench/gpu.py"), "--child", "--limits", f"{limit:g}",
                    *(f"--{key}={value}" for key, value in flags.items() if value is not None)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        rows += json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else [
-            {"limit_gb": limit, "skipped": (done.stderr.strip().splitlines() or ["killed"])[-1]}]
-    lines = [(f"{r['limit_gb']:g}", r.get("skipped") or r["lengths"], phase,
-              f"{r['phase_seconds'][phase]:.2f}" if phase else "",
-              number(r["peak_gb"][phase], ".1f") if phase else "",
-              number((r["budget_gb"] or {}).get(phase), ".1f") if phase else "",
-              number(r["reserved_gb"][phase], ".1f") if phase else "")
-             for r in rows for phase in r.get("phase_seconds", [""])]
-    return rows, measure.markdown(("limit GB", "lengths", "phase", "seconds", "peak GB",
-                                   "budget GB", "reserved GB"), lines)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True,
+                                  timeout=args.child_timeout)
+            reason = (done.stderr.strip().splitlines() or ["killed"])[-1]
+        except subprocess.TimeoutExpired:
+            write({"limit_gb": limit, "failed": f"not done in {args.child_timeout} s"})
+            continue
+        for line in done.stdout.splitlines():
+            if line.startswith("{"):
+                write(json.loads(line))
+        if done.returncode:
+            print(done.stderr[-3000:], flush=True)
+            write({"limit_gb": limit, "failed": reason})
 
 
 # ---------------------------------------------------------------- decode
 
-def decode_section(args, bound) -> tuple[list[dict], str]:
-    """Prefill and graph capture included, as in play; `step` is what a further step costs."""
-    prompt, new, rows = args.prompt_tokens, args.new_tokens, []
+def decode_section(args, bound, write):
+    """Prefill and graph capture included, as in play; step_ms is what a further step costs."""
+    prompt, new = args.prompt_tokens, args.new_tokens
     for batch in (1, 64):
-        group = min(8, batch)
+        group, ours = min(8, batch), None
         prompts = measure.random_tokens(load(args), batch // group, prompt, seed=1)
         for side in ("ours", "transformers", *(["ours, compiled"] if args.compile else [])):
             if measure.missing(side.split(",")[0]):
-                rows.append({"batch": batch, "side": side, "skipped": measure.missing(side)})
+                write({"batch": batch, "side": side, "skipped": measure.missing(side)})
                 continue
             run, size = decoder(args, side, prompts, group)
             run(min(new, 16))                                         # warm-up
             short, long = seconds(args, run, 2, new // 4), seconds(args, run, 2, new)
-            step = (long - short) / (new - new // 4)
+            step, ours = (long - short) / (new - new // 4), ours or long
             cache = batch * (prompt + new * 0.625) * cache_bytes(args)       # mean held in between
-            rows.append({"batch": batch, "side": side, "seconds": long, "step_seconds": step,
-                         "tokens_per_second": batch * new / long,
-                         "bandwidth_share": (size + cache) / step / 1e9 / bound["copy_gb_s"],
-                         "weights_share": size / step / 1e9 / bound["copy_gb_s"]})
+            write({"batch": batch, "side": side, "whole_seconds": long, "step_ms": 1e3 * step,
+                   "tokens_per_second": batch * new / long, "time_over_ours": long / ours,
+                   "bandwidth_share": (size + cache) / step / 1e9 / bound["copy_gb_s"],
+                   "weights_share": size / step / 1e9 / bound["copy_gb_s"]})
             del run
             release(args)
-        ours = next(r for r in rows if r["batch"] == batch and r["side"] == "ours")
-        for r in rows:
-            if r["batch"] == batch and "seconds" in r:
-                r["time_ratio"] = r["seconds"] / ours["seconds"]
-    lines = [(r["batch"], r["side"], *([r["skipped"], "", "", "", ""] if "skipped" in r else [
-        f"{r['seconds']:.2f}", f"{1e3 * r['step_seconds']:.2f}", f"{r['tokens_per_second']:.0f}",
-        f"{100 * r['bandwidth_share']:.0f} ({100 * r['weights_share']:.0f})",
-        f"{r['time_ratio']:.2f}"])) for r in rows]
-    return rows, measure.markdown(("batch", "side", "seconds", "ms a step", "tokens/s",
-                                   "% of copy GB/s (weights alone)", "time / ours"), lines)
 
 
 def cache_bytes(args) -> int:
@@ -331,7 +338,7 @@ def decoder(args, side: str, prompts: list[list[int]], group: int):
 
 # ---------------------------------------------------------------- update
 
-def update_section(args, bound) -> tuple[list[dict], str]:
+def update_section(args, bound, write):
     """A whole step's rows, N 8 and G 8: the gradient, and AdamW's pass, plain and offloaded.
 
     FLOPs: 2 a weight and token forward, 4 backward, logits for completions alone, attention's
@@ -343,27 +350,16 @@ def update_section(args, bound) -> tuple[list[dict], str]:
     said = len(rows) * args.answer_tokens
     read = said - len(rows) + args.queries * (args.query_tokens + TEMPLATE)
     forward = 2.0 * (body * read + head * said)
-    found = []
     for offload in (False, True):
         try:
-            found.append({"offload": offload} | one_update(args, rows, offload))
+            r = {"offload": offload} | one_update(args, rows, offload)
+            rate = bound["tflop_s"] * 1e12 * r["gradient_seconds"]
+            write(r | {"flops_share": 3 * forward / rate, "with_recomputation": 4 * forward / rate})
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            found.append({"offload": offload, "skipped": "out of memory"})
+            write({"offload": offload, "skipped": "out of memory"})
         release(args)
-    for r in found:
-        if "skipped" not in r:
-            rate = bound["tflop_s"] * 1e12 * r["gradient_seconds"]
-            r |= {"flops_share": 3 * forward / rate, "with_recomputation": 4 * forward / rate}
-    lines = [("offloaded" if r["offload"] else "plain", *([r["skipped"]] + [""] * 4
-              if "skipped" in r else [f"{r['reference_seconds']:.2f}",
-                                      f"{r['gradient_seconds']:.2f}",
-                                      f"{100 * r['flops_share']:.0f}",
-                                      f"{100 * r['with_recomputation']:.0f}",
-                                      f"{r['adamw_seconds']:.2f}"])) for r in found]
-    return found, measure.markdown(("masters", "reference s", "gradient s", "% FLOP/s",
-                                    "% with recomputation", "AdamW s"), lines)
 
 
 def one_update(args, rows: list[Row], offload: bool) -> dict:
@@ -388,7 +384,7 @@ def one_update(args, rows: list[Row], offload: bool) -> dict:
 
 # ---------------------------------------------------------------- log-probs, attention
 
-def logp_section(args, bound) -> tuple[list[dict], str]:
+def logp_section(args, bound, write):
     """The sampler's log-probs against the trainer's, at temperature 1: |difference|, nats a token.
     Beside them a second pass of the trainer's in batches of another make-up, which rounds anew."""
     model = random_llama(args, seed=2)
@@ -403,17 +399,13 @@ def logp_section(args, bound) -> tuple[list[dict], str]:
                      for i in range(0, len(rows), size)]
             by_size[size] = torch.cat(parts).float().cpu()
     sampled = torch.tensor([x for row in rows for x in row.completion.logp])
-    found = []
     for name, gap in (("sampler - trainer", (sampled - by_size[16]).abs()),
                       ("trainer - trainer, row by row", (by_size[1] - by_size[16]).abs())):
-        found.append({"what": name, "tokens": len(gap), "mean": gap.mean().item(),
-                      "p99.9": gap.double().quantile(0.999).item(), "max": gap.max().item()})
-    lines = [(r["what"], r["tokens"], f"{r['mean']:.2g}", f"{r['p99.9']:.2g}", f"{r['max']:.2g}")
-             for r in found]
-    return found, measure.markdown(("nats a token", "tokens", "mean", "99.9 %", "max"), lines)
+        write({"what": name, "tokens": len(gap), "mean": gap.mean().item(),
+               "p99.9": gap.double().quantile(0.999).item(), "max": gap.max().item()})
 
 
-def attention_section(args, bound) -> tuple[list[dict], str]:
+def attention_section(args, bound, write):
     """Which of scaled_dot_product_attention's backends the profiler saw, in each kind of pass."""
     model = random_llama(args, seed=2)
     model.checkpointing = True
@@ -427,7 +419,6 @@ def attention_section(args, bound) -> tuple[list[dict], str]:
         "prefill of judge's prompts": lambda: sample(model, judged, max_new_tokens=1),
         "prefill and decode": lambda: sample(model, [judged[0]] * 2, max_new_tokens=12)}
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (args.where.type == "cuda")
-    found = []
     for name, run in passes.items():
         model.zero_grad()
         with profile(activities=kinds) as seen:
@@ -438,17 +429,10 @@ def attention_section(args, bound) -> tuple[list[dict], str]:
         kernels = {e.key: e.count for e in seen.key_averages()
                    if any(word in e.key for word in ("fmha", "flash_fwd", "flash_bwd", "cudnn"))
                    and "aten" not in e.key}
-        found.append({"pass": name, "backends": backends, "kernels": kernels})
-    lines = [(r["pass"], ", ".join(f"{k} x {n}" for k, n in r["backends"].items()))
-             for r in found]
-    return found, measure.markdown(("pass", "backends"), lines)
+        write({"pass": name, "backends": backends, "kernels": kernels})
 
 
 # ---------------------------------------------------------------- command line
-
-def number(x, form: str) -> str:
-    return "-" if x is None else format(x, form)
-
 
 def release(args):
     gc.collect()
@@ -463,9 +447,13 @@ def main():
     parser.add_argument("--vocabulary", type=int, help="cut the shape's (default: all)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the device's")
+    parser.add_argument("--part", type=int, choices=PARTS, help="1: about 5 minutes, 2: about 7")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--limits", type=float, nargs="+", default=[80.0, 48.0, 24.0],
+    parser.add_argument("--limits", type=float, nargs="+", default=[80.0, 24.0, 48.0],
                         help="step: GB of GPU memory; below 80 with --offload")
+    parser.add_argument("--check-layers", type=int, default=4, help="parity: layers of its models")
+    parser.add_argument("--child-timeout", type=float, default=150,
+                        help="game and step: seconds that a process may take")
     parser.add_argument("--compile", nargs="?", const="inductor",
                         help="decode: also with torch.compile on norms and MLPs")
     for name, default, text in (
@@ -480,6 +468,8 @@ def main():
     parser.add_argument("--out", help="file to which the JSON lines are appended")
     parser.add_argument("--child", action="store_true", help="step: one limit, in this process")
     args = parser.parse_args()
+    if args.part:
+        args.only, args.limits = PARTS[args.part]
     if args.new_tokens < 4:
         raise InputError("--new-tokens must be at least 4")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -488,26 +478,58 @@ def main():
     args.where, args.dtype = pick_device(args.device)[0], getattr(
         torch, args.dtype) if args.dtype else pick_device(args.device)[1]
     if args.child:
-        print(json.dumps(step_child(args)))
+        step_child(args)
         return
-    bound = bounds(args)
-    print(json.dumps(bound), flush=True)
-    run = {"attention": attention_section, "decode": decode_section, "update": update_section,
-           "logp": logp_section, "step": step_section}
-    for name in args.only:
+    about = {"benchmark": "gpu", "date": str(date.today()), "shape": args.shape,
+             "layers": args.layers, "vocabulary": args.vocabulary, "torch": torch.__version__,
+             "dtype": str(args.dtype),
+             "device": "cpu" if args.device == "cpu" else torch.cuda.get_device_name()}
+    bound = {}
+    for name in ("bounds", *args.only):
         begun = time.perf_counter()
-        rows, table = run[name](args, bound)
-        line = {"benchmark": "gpu", "section": name, "date": str(date.today()),
-                "shape": args.shape, "layers": args.layers, "vocabulary": args.vocabulary,
-                "torch": torch.__version__,
-                "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
-                "dtype": str(args.dtype), "seconds": time.perf_counter() - begun,
-                "bounds": bound, "rows": rows}
-        line = json.loads(json.dumps(line), parse_float=lambda x: float(f"{float(x):.5g}"))
-        print(f"\n{name}\n{table}", flush=True)
-        if args.out:
-            append_line(Path(args.out), line)
-        release(args)
+        write = functools.partial(write_row, args, about | {"section": name}, begun)
+        for what, run in jobs(args, name, bound, write):
+            try:
+                row = run()
+            except Exception as error:             # the next one runs
+                traceback.print_exc()
+                row = {"failed": f"{type(error).__name__}: {error}"[:600]}
+            if row:
+                write(what | row)
+            release(args)
+
+
+def jobs(args, name: str, bound: dict, write) -> list[tuple[dict, Callable]]:
+    """What a section calls, each with the beginning of its row. A function returns a row, or it
+    writes its rows itself."""
+    if name == "bounds":
+        return [({}, lambda: bound.update(bounds(args)) or bound)]
+    if name == "parity":
+        return [({"check": check.__name__}, functools.partial(check, checked(args)))
+                for check in parity.CHECKS]
+    if name == "game":
+        return [({}, functools.partial(parity.game_section, args))]
+    run = {"step": step_section, "decode": decode_section, "update": update_section,
+           "logp": logp_section, "attention": attention_section}[name]
+    return [({}, functools.partial(run, args, bound, write))]
+
+
+def write_row(args, about: dict, begun: float, row: dict):
+    """Print a row, and append it to --out; numbers with five digits."""
+    row = about | row | {"after_seconds": time.perf_counter() - begun}
+    line = json.loads(json.dumps(row, default=str), parse_float=lambda x: float(f"{float(x):.5g}"))
+    print(json.dumps({key: value for key, value in line.items() if key not in about
+                      or key == "section"}), flush=True)
+    if args.out:
+        append_line(Path(args.out), line)
+
+
+def checked(args):
+    """The arguments with what parity.py needs: build() and the vocabulary's size, few layers."""
+    few = argparse.Namespace(**vars(args) | {"layers": min(args.check_layers, args.layers or 99)})
+    few.vocabulary_size = config_of(few)["vocab_size"]
+    few.build = functools.partial(random_llama, few)
+    return few
 
 
 if __name__ == "__main__":

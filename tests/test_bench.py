@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from argparse import Namespace
 
 import pytest
@@ -12,7 +13,9 @@ from conftest import ROOT
 sys.path.append(str(ROOT / "bench"))             # last: its memory.py must not hide the project's
 
 import measure  # noqa: E402
+import parity  # noqa: E402
 
+import train  # noqa: E402
 from bench import gpu  # noqa: E402
 from bench import memory as bench_memory  # noqa: E402
 from plumbing.cli import run_script  # noqa: E402
@@ -86,18 +89,44 @@ def test_bad_flags_are_refused_before_anything_runs(tmp_path, flags):
 
 # ---------------------------------------------------------------- bench/gpu.py
 
-def test_the_gpu_benchmark_runs_all_sections_on_a_small_shape(tmp_path):
-    out = tmp_path / "gpu.jsonl"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench/gpu.py"), "--shape", "tiny", "--layers", "1", "--device",
-         "cpu", "--dtype", "bfloat16", "--query-tokens", "5", "--answer-tokens", "6",
-         "--judge-tokens", "4", "--mean-tokens", "3", "--prompt-tokens", "9", "--new-tokens", "8",
-         "--queries", "2", "--limits", "24", "--compile", "eager", "--out", str(out)],
-        capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    rows = {line["section"]: line["rows"] for line in lines}
-    assert list(rows) == ["attention", "decode", "update", "logp", "step"]
+SMALL = ["gpu.py", "--shape", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "bfloat16",
+         "--query-tokens", "5", "--answer-tokens", "6", "--judge-tokens", "4", "--mean-tokens", "3",
+         "--prompt-tokens", "9", "--new-tokens", "8", "--queries", "2", "--limits", "24"]
+
+
+def rows_of_gpu(monkeypatch, tmp_path, *flags) -> dict[str, list[dict]]:
+    """The rows that bench/gpu.py writes at a small shape, by section."""
+    out, rows = tmp_path / "gpu.jsonl", {}
+    monkeypatch.setattr(sys, "argv", [*SMALL, *flags, "--out", str(out)])
+    gpu.main()
+    for line in out.read_text().splitlines():
+        row = json.loads(line)
+        assert {"date", "torch", "device", "after_seconds"} <= set(row)
+        rows.setdefault(row["section"], []).append(row)
+    return rows
+
+
+def train_here(command, **_):
+    """train.py in this process, in place of one of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command[1:])
+        train.main()
+    return types.SimpleNamespace(returncode=0)
+
+
+def test_the_gpu_benchmark_runs_all_sections_on_a_small_shape(monkeypatch, tmp_path, few_held_out):
+    run = subprocess.run
+    monkeypatch.setattr(parity.subprocess, "run", lambda command, **how: (
+        train_here if "train.py" in command[1] else run)(command, **how))
+    rows = rows_of_gpu(monkeypatch, tmp_path, "--compile", "eager")
+    assert list(rows) == ["bounds", *gpu.SECTIONS]
+    assert not any("failed" in row for section in rows.values() for row in section)
+    found = {row["check"]: row for row in rows["parity"]}
+    assert set(found) == {check.__name__ for check in parity.CHECKS}
+    assert found["graph_is_eager"]["same_tokens"] == 16
+    assert found["update_again_and_offloaded"]["offloaded"]["largest"] == 0
+    assert rows["game"][0]["same_rewards"] == 8
+    assert rows["game"][0]["largest_weight_difference"] == 0
     assert all(row["backends"] for row in rows["attention"])
     for row in rows["decode"]:
         assert row.get("skipped") == measure.missing(row["side"].split(",")[0])
@@ -109,6 +138,31 @@ def test_the_gpu_benchmark_runs_all_sections_on_a_small_shape(tmp_path):
     assert cut["tokens"]["solve"] < 64 * 6 and full["offload"] and not full["faults"]
     assert list(full["phase_seconds"]) == ["challenge", "solve", "reward", "judge", "reference",
                                            "update"]
+
+
+def test_a_failure_in_any_section_of_the_gpu_benchmark_stops_no_other(
+        monkeypatch, tmp_path, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("planted")
+    for name in ("step", "decode", "update", "logp", "attention"):
+        monkeypatch.setattr(gpu, f"{name}_section", fail)
+    monkeypatch.setattr(parity, "game_section", fail)
+    monkeypatch.setattr(gpu, "random_llama", fail)                    # each check's model
+    monkeypatch.setattr(gpu, "bounds", fail)
+    rows = rows_of_gpu(monkeypatch, tmp_path)
+    failed = {name: [row.get("failed") for row in section] for name, section in rows.items()}
+    assert failed.pop("parity") == [None] + ["RuntimeError: planted"] * 5 + [None]
+    assert failed == {name: ["RuntimeError: planted"] for name in ("bounds", *gpu.SECTIONS)
+                      if name != "parity"}
+    assert capsys.readouterr().err.count("Traceback") == 12
+
+
+def test_a_step_that_takes_too_long_or_dies_is_a_row(monkeypatch, tmp_path):
+    rows = rows_of_gpu(monkeypatch, tmp_path, "--only", "step", "--child-timeout", "0.01")
+    assert rows["step"][0]["failed"] == "not done in 0.01 s"
+    monkeypatch.setattr(gpu.sys, "executable", "false")
+    rows = rows_of_gpu(monkeypatch, tmp_path, "--only", "step")
+    assert rows["step"][1]["failed"] == "killed"
 
 
 def test_the_gpu_benchmark_says_in_one_line_that_there_is_no_gpu(monkeypatch, capsys):

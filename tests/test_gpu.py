@@ -1,4 +1,5 @@
 """What a GPU does otherwise than a CPU: layouts, graphs, streams, memory; on a pretend device."""
+import argparse
 import contextlib
 import gc
 import weakref
@@ -12,6 +13,7 @@ from checkpoints import random_llama, write_checkpoint
 import rewards
 import sample as sampling
 import train as game
+from bench import parity
 from plumbing import ranks
 from plumbing.files import find_model, pick_device
 from plumbing.memory import MasterAdamW
@@ -145,6 +147,24 @@ def test_sampling_scoring_and_an_update_on_the_pretend_gpu_are_those_of_the_cpu(
         found = rewards.last_hidden(model, PROMPTS, [0, 1, 2], 64)
         assert torch.equal(simcuda.unwrap(found), hidden)
         assert (step_on(model, other, rows_of(expected)) - weights).abs().max() < 1e-6
+
+
+def test_the_first_checks_of_the_gpu_benchmark_pass_on_the_pretend_gpu(cuda, monkeypatch):
+    """bench/parity.py, which a real card sees first."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70e9, 80e9))
+    args = argparse.Namespace(where=simcuda.CUDA, dtype=torch.float32, vocabulary_size=37)
+
+    def build(seed, dtype=torch.float32):
+        torch.manual_seed(seed)
+        return simcuda.to_gpu(random_llama("llama3_tied"))
+    args.build = build
+    with simcuda.Mode():
+        found = {check.__name__: check(args) for check in parity.CHECKS
+                 if check is not parity.new_shapes}
+    assert found["graph_is_eager"]["same_tokens"] == 16 and found["nothing_stays"]["alive"] == 0
+    assert found["nothing_stays"]["captures"] > 1 and found["sampler_is_trainer"]["max"] < 1e-4
+    assert found["update_again_and_offloaded"]["again"]["largest"] == 0
+    assert "logp" in found["attention_backends"]["chosen by PyTorch"]
 
 
 def test_set_up_on_a_gpu_limits_its_memory_and_loads_every_model_there(cuda, tmp_path, monkeypatch):
