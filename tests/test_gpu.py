@@ -152,6 +152,8 @@ def test_sampling_scoring_and_an_update_on_the_pretend_gpu_are_those_of_the_cpu(
 def test_the_first_checks_of_the_gpu_benchmark_pass_on_the_pretend_gpu(cuda, monkeypatch):
     """bench/parity.py, which a real card sees first."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70e9, 80e9))
+    monkeypatch.setattr(parity, "NEW", 15)
+    monkeypatch.setattr(sampling, "REACH", 16)
     args = argparse.Namespace(where=simcuda.CUDA, dtype=torch.float32, vocabulary_size=37)
 
     def build(seed, dtype=torch.float32):
