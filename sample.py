@@ -142,8 +142,8 @@ def decode(model: Llama, prompts: list[list[int]], *, limits: list[int], seeds: 
             keep = (~ended).nonzero()[:, 0]
             if len(keep) == 0:
                 return
-            # With a graph, departures cost a capture: wait until a quarter of the rows may go.
-            if len(keep) < len(ended) * (0.75 if graphs else 1):
+            # With a graph, departures cost a capture: wait until half of the rows may go.
+            if len(keep) <= (len(ended) // 2 if graphs else len(ended) - 1):
                 left = torch.arange(len(keep), device=device)      # the last rows take empty places
                 left[ended[:len(keep)]] = keep[keep >= len(keep)]
                 inside, token, limit, ended, uniforms = (

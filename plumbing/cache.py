@@ -41,13 +41,15 @@ class Cache:
     def place(self, T: int) -> tuple[Tensor, Tensor | None]:
         """Slots of T further tokens a row, (B, T), and what they may see, (B, T, S) bool; None:
         plain causal attention."""
-        slots = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)    # (B, T)
+        device = self.lengths.device
+        self.rows = torch.arange(len(self.lengths), device=device)[:, None]            # (B, 1)
+        slots = self.lengths[:, None] + torch.arange(T, device=device)                 # (B, T)
         self.lengths += T                    # in place: a captured step finds it where it was
         fresh = self.used == 0
         self.used += 0 if self.fixed else T
         if fresh:
             return slots, None               # nothing held yet
-        return slots, torch.arange(self.used, device=slots.device) <= slots[..., None]
+        return slots, torch.arange(self.used, device=device) <= slots[..., None]
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, d) at slots (B, T) and return all keys and values so far, (B, K, S, d).
@@ -55,9 +57,8 @@ class Cache:
         After a ragged prefill the caller sets `lengths` to the true ones; what padding left behind
         is then overwritten, and never seen.
         """
-        rows = torch.arange(len(slots), device=k.device)[:, None]            # (B, 1)
-        self.k[layer][rows, :, slots] = k.transpose(1, 2)
-        self.v[layer][rows, :, slots] = v.transpose(1, 2)
+        self.k[layer][self.rows, :, slots] = k.transpose(1, 2)
+        self.v[layer][self.rows, :, slots] = v.transpose(1, 2)
         return self.k[layer][:, :, :self.used], self.v[layer][:, :, :self.used]
 
     def select(self, rows: Tensor):
