@@ -34,7 +34,7 @@ from plumbing.files import (
     read_prompt,
 )
 from plumbing.runs import append_line, read_lines, write_json
-from sample import Completion, check_finite, decode, text_of
+from sample import sample, text_of
 
 # ---------------------------------------------------------------- answers
 
@@ -70,32 +70,13 @@ def answer(args, queries: list[str], done: set[int], samples: int = 1):
                           generator=generator(args.seed, 0, "evaluate")).tolist()
     with tqdm(total=len(queries), initial=len(done), desc="answering") as bar:
         for start in range(0, len(left), args.batch):
-            some = {i: prompts[i] for i in left[start:start + args.batch]}
-            for i, group in answers_of(model, tokenizer, args, some, seeds):
+            some = left[start:start + args.batch]
+            groups = sample(model, [prompts[i] for i in some], num_samples=samples,
+                            max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                            stop_ids=tokenizer.stop_ids, seeds=sum((seeds[i] for i in some), []))
+            for i, group in zip(some, groups):
                 yield i, [(text_of(tokenizer, row), not row.stopped) for row in group]
-                bar.update()
-
-
-def answers_of(model, tokenizer, args, prompts: dict[int, list[int]], seeds: list[list[int]]):
-    """(number, its Completions) of a batch of prompts, each when its last answer has ended."""
-    rows = [(i, seed) for i in prompts for seed in seeds[i]]
-    said, groups = [[] for _ in rows], {i: [] for i in prompts}
-    steps = decode(model, [prompts[i] for i, _ in rows], limits=[args.max_new_tokens] * len(rows),
-                   seeds=[seed for _, seed in rows], temperature=args.temperature,
-                   stop_ids=tokenizer.stop_ids)
-    for step, (inside, token, logp) in enumerate(steps):
-        for row, new, likely in zip(inside.tolist(), token.tolist(), logp.tolist()):
-            if len(said[row]) < step:                      # it has ended: a GPU's row leaves later
-                continue
-            check_finite([likely])
-            said[row].append(new)
-            stopped = new in tokenizer.stop_ids
-            if stopped or step + 1 == args.max_new_tokens:
-                number = rows[row][0]
-                groups[number].append((row, Completion(said[row], [], stopped)))
-                said[row] = said[row][:-1] if step else []          # shorter than any step to come
-                if len(groups[number]) == len(seeds[number]):
-                    yield number, [done for _, done in sorted(groups[number], key=lambda g: g[0])]
+            bar.update(len(some))
 
 
 def made_by(args, measure: str, queries: list[str], **more) -> dict:
@@ -201,9 +182,6 @@ def benchmark(args):
     problems, prompt = benchmarks.read_problems(name, args.prompts, args.limit)
     if name in benchmarks.CODE:
         print(grade.isolation())
-        if absent := benchmarks.absent_modules(problems):
-            print(f"some tests import {', '.join(absent)}, which programs cannot import here: "
-                  "these problems will count as errors")
     out, queries = Path(args.out), [problem["query"] for problem in problems]
     records = results.resume(out, made_by(args, name, queries, samples=samples, prompt=prompt))
     for i, answers in answer(args, queries, {record["item"] for record in records}, samples):

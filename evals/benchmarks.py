@@ -3,9 +3,6 @@
 gsm8k and tiny by exact match of numbers, math by the values of what is boxed (math-verify),
 humaneval and mbpp by running their tests (grade.py).
 """
-import re
-import sys
-
 from evals import grade
 from plumbing.chat import fill
 from plumbing.data import query_of, read_entries
@@ -24,8 +21,6 @@ FIELDS = {
 TOKENS = {"gsm8k": 512, "math": 1024, "humaneval": 768, "mbpp": 768, "tiny": 5}
 NAMES = tuple(TOKENS)
 CODE = ("humaneval", "mbpp")
-IMPORTED = re.compile(r"^[ \t]*(?:import|from(?=[ \t]+[\w.]+[ \t]+import\b))[ \t]+(\w+)",
-                      re.MULTILINE)
 PASS_AT = (1, 5, 10, 100)
 
 
@@ -67,14 +62,6 @@ def is_text(value, *, listed: bool) -> bool:
     if listed:
         return isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
     return isinstance(value, str)
-
-
-def absent_modules(problems: list[dict]) -> list[str]:
-    """What the tests of programs import that the sandbox has not: all but the standard library."""
-    fields = ("test", "test_list", "test_imports", "test_setup_code")
-    texts = [problem["problem"].get(field, "") for problem in problems for field in fields]
-    lines = "\n".join(text if isinstance(text, str) else "\n".join(text) for text in texts)
-    return sorted({*IMPORTED.findall(lines)} - sys.stdlib_module_names)
 
 
 def is_right(name: str, problem: dict, answer: str, *, cut: bool) -> tuple[bool, str]:

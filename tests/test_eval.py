@@ -230,13 +230,6 @@ def test_every_benchmark_states_its_prompt_and_fills_all_of_it(tmp_path, name):
     assert "{tests}" not in problem["query"]
 
 
-def test_tests_that_need_more_than_the_standard_library_are_named_at_the_start():
-    problems = [{"problem": {"test": "import numpy as np, math\nfrom a text import nothing"}},
-                {"problem": {"test_list": ["from os.path import join"],
-                             "test_imports": ["import re", "    from scipy.special import comb"]}}]
-    assert benchmarks.absent_modules(problems) == ["numpy", "scipy"]
-
-
 def test_without_math_verify_no_answer_is_begun(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     (tmp_path / "p.json").write_text('[{"problem": "1", "answer": "1"}]')
