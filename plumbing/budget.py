@@ -26,6 +26,7 @@ from plumbing import logprobs
 from plumbing.cache import prefill
 from plumbing.config import Config
 from plumbing.files import HERE, InputError, pick_device, read_prompt
+from plumbing.log import wrapped
 from plumbing.memory import BLOCK
 
 CUDA = 0.7e9                 # bytes of CUDA's context, kernels and cuBLAS workspaces
@@ -322,10 +323,10 @@ class Plan:
         return "\n".join(lines)
 
     def opening(self, s) -> str:
-        """The table in one line, for the start of a run."""
+        """The phases' peaks, for the start of a run."""
         peaks = "  ".join(f"{phase} {sum(parts.values()) / 1e9:.2f}"
                           for phase, parts in self.phases(s).items())
-        return f"peaks, GB     {peaks}  of {self.verdict(s)}"
+        return wrapped(f"{peaks}  of {self.verdict(s)}", "peaks, GB     ")
 
     def dry_run(self, s) -> int:
         """Print what the run would need; the exit code, 0 where it fits and 3 where it does not."""

@@ -97,6 +97,8 @@ def find_model(name: str, *, weights: bool = True) -> Path:
     if not weights and name in NAMES and (HERE / "plumbing/shapes" / name).is_dir():
         return HERE / "plumbing/shapes" / name
     name = NAMES.get(name, name)
+    if os.path.isdir(os.path.join(name, "checkpoint")):
+        raise InputError(f"model {name}: a run's folder; its newest model is {name}/checkpoint")
     if os.path.isdir(name):
         return Path(name)
     unknown = InputError(f"model {name!r}: no such directory, none of {', '.join(NAMES)}, and no "

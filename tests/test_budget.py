@@ -340,7 +340,8 @@ def test_a_run_opens_with_its_budget_and_each_step_holds_peaks_and_speed(
     assert rates["judge"] == pytest.approx(16 / m["phase_seconds"]["judge"])
     opening = out[out.index("peaks, GB"):out.index("\n     step  ")]
     assert f"peaks, GB     challenge {m['budget_gb']['challenge']:.2f}  solve" in opening
-    assert "memory of this host): fits" in opening
+    assert "memory of this host): fits" in " ".join(opening.split())
+    assert max(map(len, opening.splitlines())) <= 100
     below = out[out.index("\n      1/1  "):]
     assert re.search(r"\n +challenge .*solve .* tok/s[^$]*update .* tok/s", below)
 

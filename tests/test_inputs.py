@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
         write_checkpoint(root / name, "untied", max_position_embeddings=2048)
         (root / name / file).unlink()
     (root / "empty").mkdir()
+    (root / "a_run/checkpoint").mkdir(parents=True)
     texts = {
         "p.jsonl": '{"question": "2 + 2?", "answer": 4}', "empty.jsonl": "\n\n",
         "broken.jsonl": '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt: ',
@@ -102,6 +103,8 @@ def test_every_number_is_refused_below_and_above_its_range(folder, monkeypatch, 
     (["--algo", "ppo"], "--algo"), (["--self-reward", "guess"], "--self-reward"),
     (["--device", "abacus"], "--device"), (["--seed"], "--seed"), (["stray"], "stray"),
     (["--querys", "3"], "did you mean --queries?"), (["--learning", "1"], "--learning 1 ("),
+    (["--lr", "1"], "did you mean --learning-rate?"),
+    (["--num-generations", "4"], "did you mean --answers?"),
     (["--steps", "3", "--warmup", "4"], "--warmup 4 is longer"),
     ([*GRPO, "--judge", "m"], "--judge is not used here: it needs a judge"),
     ([*GRPO, "--task", "Sums"], "--task is not used"),
@@ -116,6 +119,7 @@ def test_every_number_is_refused_below_and_above_its_range(folder, monkeypatch, 
     # names, files and folders
     (["--model", "nobody"], "'nobody': no such directory"), (["--model", ""], "no such directory"),
     (["--model", "x" * 5000], "no such directory"), (["--model", "a\nb"], r"'a\nb'"),
+    (["--model", "a_run"], "its newest model is a_run/checkpoint"),
     (["--model", "p.jsonl"], "no such directory"), (["--out", "p.jsonl"], "exists already"),
     (["--out", "bad\udcff"], r"--out bad\udcff: not text"), (["--out", "x" * 5000], "too long"),
     (["--out", "p.jsonl/x"], "p.jsonl/x"),
