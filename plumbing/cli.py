@@ -15,7 +15,6 @@ from pathlib import Path
 
 from plumbing.files import InputError
 
-
 # What other libraries call our flags, for the hint at an unknown flag.
 ALIASES = {"--lr": "--learning-rate", "--num-generations": "--answers", "--batch-size": "--queries",
            "--max-steps": "--steps", "--max-new-tokens": "--answer-tokens", "--kl-coef": "--beta"}
