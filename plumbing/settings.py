@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from plumbing.chat import SURROGATE
 from plumbing.files import (
     NAMES,
     InputError,
@@ -356,10 +355,7 @@ def continued(folder: Path, given: dict) -> dict:
 def check(s: Settings):
     """Refuse what cannot work, with the reason."""
     for key, f in KNOWN.items():
-        value = getattr(s, key)
-        check_value(flag(key), f, value)
-        if isinstance(value, str) and (SURROGATE.search(value) or "\0" in value):
-            raise InputError(f"{flag(key)} {value}: not text in UTF-8")
+        check_value(flag(key), f, getattr(s, key))
     if s.warmup > s.steps:
         raise InputError(f"--warmup {s.warmup} is longer than the run, --steps {s.steps}")
     if s.out and os.path.lexists(s.out) and not (s.resume or s.requeue or s.overwrite):
@@ -370,12 +366,8 @@ def check(s: Settings):
     if (s.algo == "sft") != (s.answers == 1):
         raise InputError(f"--answers {s.answers}: a group to compare needs at least 2; --algo sft "
                          "has 1")
-    if s.algo in GIVEN and s.prompts in MIXES and s.reward != "tiny":
-        raise InputError(f"--prompts {s.prompts} belongs to the embedded world: give a file")
     if s.algo == "rlpt" and not s.text:
         raise InputError("--algo rlpt learns from plain text: give --text FILE_OR_FOLDER")
-    if s.strict and s.reference_segments != Settings.reference_segments:
-        raise InputError("--strict compares with one sentence: no --reference-segments")
     if s.tasks and s.task != "None":
         raise InputError("give --task, or --tasks FILE")
     if s.algo in CHALLENGED and s.queries < 2:
