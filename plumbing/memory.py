@@ -111,15 +111,12 @@ class MasterAdamW:
 
     # ------------------------------------------------------------ on disk
 
-    @property
-    def masters_apart(self) -> bool:
-        """Whether the stored weights are rounded: then the masters are stored beside them."""
-        return self.rounded or self.policy.stored_dtype.itemsize < 4
-
     def held(self, updates: int) -> dict[str, list[Tensor]]:
-        """What a checkpoint stores beside the weights after so many updates, by file."""
+        """What a checkpoint stores beside the weights after so many updates, by file: moments, and
+        the masters where the stored weights are rounded."""
         held = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq} if updates else {}
-        return held | ({"masters": self.masters} if self.masters_apart else {})
+        rounded = self.rounded or self.policy.stored_dtype.itemsize < 4
+        return held | ({"masters": self.masters} if rounded else {})
 
     def save(self, folder: Path):
         """Masters (where the weights are not their own) and moments as fp32 safetensors, a file

@@ -6,15 +6,15 @@ A resumed run takes all of them from its own config.json.
 """
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from plumbing.files import (
     NAMES,
     InputError,
     find_model,
-    inside,
     pick_device,
+    preset_of,
     prompt_file,
     read_json,
 )
@@ -274,8 +274,7 @@ def resolve(given: dict) -> tuple[Settings, dict]:
         given = continued(folder, given)
     name = given.get("model", "tiny-rlpt" if given.get("algo") == "rlpt" else Settings.model)
     path = find_model(name, weights=not given.get("dry_run"))
-    file = inside(path, "training.json")
-    preset = MODELS.get(name, {}) | (read_preset(file) if file.exists() else {})
+    preset = MODELS.get(name, {}) | read_preset(path)
     algo = given.get("algo", preset.get("algo", Settings.algo))
     s = Settings(**{"model": name} | ALGOS[algo] | preset | OVER_PRESETS.get(algo, {}) | given)
     for needs, (met, flags) in NEEDS.items():
@@ -295,15 +294,12 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     return s, preset
 
 
-def read_settings(file: Path) -> dict:
-    """The settings in a JSON file; InputError for a name that is no setting, and a wrong value."""
-    values = read_json(file)
-    values.pop("sources", None)                         # of a run's config.json
+def check_names(file: Path, values: dict):
+    """InputError for a name in a JSON file that is no setting, and for a wrong value."""
     for key, value in values.items():
         if key not in KNOWN:
             raise InputError(f"{file}: {key} is no setting")
         check_value(f"{file}: {key}", KNOWN[key], value)
-    return values
 
 
 def check_value(name: str, f, value):
@@ -317,10 +313,11 @@ def check_value(name: str, f, value):
         raise InputError(f"{name} must be at least {least} and at most {most}, found {value}")
 
 
-def read_preset(file: Path) -> dict:
+def read_preset(folder: Path) -> dict:
     """The settings in a model's training.json. It may be a stranger's: it can set how the game is
     played, numbers and choices, and no path on this machine."""
-    preset = read_settings(file)
+    file, preset = folder / "training.json", preset_of(folder)
+    check_names(file, preset)
     for key, value in preset.items():
         harmless = KNOWN[key].type in (int, float) or KNOWN[key].metadata["choices"]
         if not harmless and value not in (PRESETS.get(key, (None,)) or (value,)):
@@ -330,10 +327,10 @@ def read_preset(file: Path) -> dict:
 
 def continued(folder: Path, given: dict) -> dict:
     """Every setting of the run in a folder, with the given ones that may differ (FREE, RETUNE)."""
-    stored = read_settings(folder / "config.json")
-    if missing := KNOWN.keys() - stored.keys():
-        raise InputError(f"{folder / 'config.json'}: not the settings of a run ({missing.pop()} is "
-                         "missing)")
+    stored = read_json(folder / "config.json")
+    stored.pop("sources", None)
+    check_names(folder / "config.json", stored)
+    stored = asdict(Settings()) | stored                # a run older than a setting lacks it
     changed = {key: value for key, value in given.items()
                if key not in COMMANDS and value != stored[key]}
     for key, value in changed.items():
