@@ -61,7 +61,7 @@ def measure(s, r) -> dict:
     reasons = [j.get("reason") for j in judged] if read else []
     mass = [j["mass"] for j in judged if math.isfinite(j.get("mass", math.nan))]
     kinds, predicted = r.kinds or [], r.judgements if r.kinds else []
-    earned = list(zip(kinds, r.R.mean(1).tolist()))
+    earned = lambda kind: mean([R for k, R in zip(kinds, r.R.mean(1).tolist()) if k == kind])
     reward, quality = spreads(r.R), (None, None) if r.R_Q is None else spreads(r.R_Q)
     return {
         "reward": r.R.mean().item(), "value_spread": reward[0], "reward_spread": reward[1],
@@ -81,8 +81,7 @@ def measure(s, r) -> dict:
         "truncated_inputs": r.truncated_inputs,
         "judge_mass": mean(mass), "judge_tags": mean([j["tags"] for j in judged if "tags" in j]),
         "msr_share": mean([kind == "msr" for kind in kinds]),
-        "asr_reward": mean([value for kind, value in earned if kind == "asr"]),
-        "msr_reward": mean([value for kind, value in earned if kind == "msr"]),
+        "asr_reward": earned("asr"), "msr_reward": earned("msr"),
         "no_prediction": mean([bool(j["failure"]) for j in predicted]),
         "extraction_failures": dict(Counter(j["failure"] for j in predicted if j["failure"]))
         if predicted else None,

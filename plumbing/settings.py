@@ -233,7 +233,6 @@ NEEDS = {
         lambda s: s.scored or (s.reward, s.text) == ("tiny", STORIES), ("reward",)),
     "a KL term, --beta above 0, or a judge": (
         lambda s: s.beta > 0 or s.algo in JUDGED and not s.judge, ("reference",)),
-    "a run that trains: no --watch": (lambda s: not s.watch, ("out", "eval_prompts")),
     "a GPU, or --dry-run": (
         lambda s: s.dry_run or pick_device(s.device)[0].type == "cuda", ("gpu_memory",)),
 }
