@@ -382,7 +382,7 @@ def train(s: Settings, preset: dict, given=()):
         return
     game.policy.carried["training.json"] = json.dumps(preset, indent=2).encode()
     optimizer = MasterAdamW(game.policy, dtype, weight_decay=s.weight_decay, offload=s.offload)
-    run = run or ranks.first(lambda: runs.new_run(s, run_name(s), optimizer.bytes_on_disk()))
+    run = run or ranks.first(lambda: runs.new_run(s, run_name(s), plan.checkpoint_bytes()))
     with run, StopRequest() as game.phase.stop:
         ranks.first(lambda: run.begin(asdict(s), game.sources))
         print(log.opening_lines(s, run.folder))

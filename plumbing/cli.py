@@ -14,6 +14,10 @@ from pathlib import Path
 
 from plumbing.files import InputError
 
+# What other libraries call our flags, for the hint at an unknown flag.
+ALIASES = {"--lr": "--learning-rate", "--num-generations": "--answers", "--batch-size": "--queries",
+           "--max-steps": "--steps", "--max-new-tokens": "--answer-tokens", "--kl-coef": "--beta"}
+
 
 class RunStopped(Exception):
     """A run ends before its last step: one line that says why, and the exit code."""
@@ -31,9 +35,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str):
-        known = [flag for action in self._actions for flag in action.option_strings]
+        known = {flag: flag for action in self._actions for flag in action.option_strings}
+        known |= {alias: flag for alias, flag in ALIASES.items() if flag in known}
         mistyped = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
-        near = [match for flag in mistyped for match in get_close_matches(flag, known, 1)]
+        near = [known[name] for flag in mistyped for name in get_close_matches(flag, known, 1)]
         hint = f"did you mean {', '.join(near)}? " * bool(near)
         raise InputError(f"{message} ({hint}--help lists the flags)")
 

@@ -23,7 +23,6 @@ NAMES = {
 # What a model's directory may bring in a language of its own; its checkpoints carry them.
 PROMPTS = tuple(f"prompts/{name}.txt" for name in (
     "challenger", "self_reward", "asr", "msr", "verdict", "verdict_strict"))
-SMALL = 64 * 2**20      # bytes: the largest tokenizer.json are about 35 million
 POINTER = "version https://git-lfs"
 
 
@@ -80,6 +79,8 @@ def find_model(name: str, *, weights: bool = True) -> Path:
     if not weights and name in NAMES and (HERE / "plumbing/shapes" / name).is_dir():
         return HERE / "plumbing/shapes" / name
     name = NAMES.get(name, name)
+    if os.path.isdir(os.path.join(name, "checkpoint")):
+        raise InputError(f"model {name}: a run's folder; its newest model is {name}/checkpoint")
     if os.path.isdir(name):
         return Path(name)
     unknown = InputError(f"model {name!r}: no such directory, none of {', '.join(NAMES)}, and no "

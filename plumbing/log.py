@@ -1,6 +1,5 @@
 """What a run prints and records: each step's numbers, its line on the screen, samples, transcript.
 """
-import json
 import math
 import textwrap
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from plumbing.overlap import overlap
+from plumbing.runs import read_lines
 
 # What metrics.jsonl tells of the machine. All else two runs of one game have in common.
 TIMED = ("seconds", "phase_seconds", "tokens_per_second", "peak_gb", "budget_gb")
@@ -61,7 +61,7 @@ def measure(s, r) -> dict:
     reasons = [j.get("reason") for j in judged] if read else []
     mass = [j["mass"] for j in judged if math.isfinite(j.get("mass", math.nan))]
     kinds, predicted = r.kinds or [], r.judgements if r.kinds else []
-    earned = list(zip(kinds, r.R.mean(1).tolist()))
+    earned = lambda kind: mean([R for k, R in zip(kinds, r.R.mean(1).tolist()) if k == kind])
     reward, quality = spreads(r.R), (None, None) if r.R_Q is None else spreads(r.R_Q)
     return {
         "reward": r.R.mean().item(), "value_spread": reward[0], "reward_spread": reward[1],
@@ -81,8 +81,7 @@ def measure(s, r) -> dict:
         "truncated_inputs": r.truncated_inputs,
         "judge_mass": mean(mass), "judge_tags": mean([j["tags"] for j in judged if "tags" in j]),
         "msr_share": mean([kind == "msr" for kind in kinds]),
-        "asr_reward": mean([value for kind, value in earned if kind == "asr"]),
-        "msr_reward": mean([value for kind, value in earned if kind == "msr"]),
+        "asr_reward": earned("asr"), "msr_reward": earned("msr"),
         "no_prediction": mean([bool(j["failure"]) for j in predicted]),
         "extraction_failures": dict(Counter(j["failure"] for j in predicted if j["failure"]))
         if predicted else None,
@@ -178,12 +177,9 @@ def record(game, run, step: int, r, learnt: dict):
               flush=True)
 
 
-def shown_columns(s) -> list[tuple[str, str, str]]:
-    return [column[:3] for column in COLUMNS if s.algo in column[3]]
-
-
 def header(s) -> str:
-    return f"{'step':>9}" + "".join(f"  {title:>6}" for title, _, _ in shown_columns(s))
+    titles = [title for title, *_, algos in COLUMNS if s.algo in algos]
+    return f"{'step':>9}" + "".join(f"  {title:>6}" for title in titles)
 
 
 def step_line(s, m: dict) -> str:
@@ -191,9 +187,10 @@ def step_line(s, m: dict) -> str:
     if m["judge_mass"] is not None:
         m = m | {"unparsed": 1 - m["judge_mass"]}
     line = f"{m['step']:>{len(str(s.steps))}}/{s.steps}".rjust(9)
-    for title, key, form in shown_columns(s):
-        value = "-" if m[key] is None else format(m[key], form)
-        line += f"  {value:>{max(6, len(title))}}"
+    for title, key, form, algos in COLUMNS:
+        if s.algo in algos:
+            value = "-" if m[key] is None else format(m[key], form)
+            line += f"  {value:>{max(6, len(title))}}"
     notes = []
     if m["skipped"]:
         notes.append(fault_text(m["faults"]) + ": update skipped")
@@ -288,9 +285,7 @@ def opening_lines(s, folder: Path) -> str:
 
 def closing_lines(out: Path) -> str:
     """The end of a run: before and after, and where everything lies."""
-    file = out / "eval.jsonl"
-    evals = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    lines = []
+    evals, lines = read_lines(out / "eval.jsonl"), []
     titles = {"accuracy": "held-out accuracy, greedy", "challenger": "Challenger's queries",
               "truncated": "truncated predictions"}
     for key, title in titles.items():

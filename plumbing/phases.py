@@ -46,14 +46,6 @@ class StopRequest:
             raise RunStopped(f"{self.signal.name}: stopped", 128 + self.signal)
 
 
-# Flags that lower each phase's peak. Batch tokens do not change what is learnt, so a run may be
-# resumed with fewer; with another token limit it is another run.
-SWITCHES = {"challenge": "--batch-tokens or --query-tokens",
-            "judge": "--batch-tokens or --judge-tokens",
-            "reference": "--micro-batch-tokens or --answer-tokens",
-            "update": "--micro-batch-tokens or --answer-tokens"}
-
-
 def out_of_memory(error: Exception) -> bool:
     """Whether memory ran out: PyTorch raises a RuntimeError that says so, Python a MemoryError."""
     return (isinstance(error, MemoryError) or "out of memory" in str(error)
@@ -93,8 +85,10 @@ class Phases:
             if not out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)    # frees the pass's tensors before saving
-            lower = SWITCHES.get(name, "--batch-tokens or --answer-tokens")
-            raise RunStopped(f"out of memory in phase {name} (lower {lower}): "
+            # A run may be resumed with fewer batch tokens; with another length it is another run.
+            batch = "--micro-batch-tokens" if name in ("reference", "update") else "--batch-tokens"
+            length = {"challenge": "query", "judge": "judge"}.get(name, "answer")
+            raise RunStopped(f"out of memory in phase {name} (lower {batch} or --{length}-tokens): "
                              + (str(error) or "MemoryError").splitlines()[0]) from None
         self.seconds[name] = time.perf_counter() - begun
         self.peak_gb[name] = (torch.cuda.max_memory_allocated() / 1e9

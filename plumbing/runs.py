@@ -103,11 +103,7 @@ def new_run(s, name: str, need: int) -> "Run":
     if free < need:
         raise InputError(f"{folder}: a checkpoint takes {need / 1e9:.2f} GB, the disk has "
                          f"{free / 1e9:.2f} GB free")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = {file.name for file in folder.iterdir()} - {"lock", "config.json.tmp"}
-    except OSError as error:
-        raise InputError(f"--out {folder}: {error.strerror}") from None
+    held = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"lock", "config.json.tmp"}
     if held and not (s.overwrite and "config.json" in held):
         raise InputError(f"--out {folder} exists already and holds something other than a run")
     run = Run(folder)
@@ -145,6 +141,7 @@ class Run:
         self.folder = folder
         self.checkpoint = None               # the newest whole one
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / "lock", "a", encoding="utf-8")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -218,11 +215,8 @@ class Run:
         with self.writing("records"):
             self.tidy(keep)
             for file in (self.folder / name for name in RECORDS):
-                length, crc = state["records"].get(file.name, [0, 0])
+                length = state["records"].get(file.name, [0])[0]
                 text = file.read_bytes()[:length] if file.exists() else b""
-                if zlib.crc32(text) != crc:
-                    print(f"{file} is not what it was at {self.checkpoint.name}: lines of it are "
-                          "lost or changed; training is not affected")
                 if text:
                     os.truncate(file, text.rfind(b"\n") + 1)
                 else:

@@ -6,15 +6,15 @@ A resumed run takes all of them from its own config.json.
 """
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from plumbing.chat import SURROGATE
 from plumbing.files import (
     NAMES,
     InputError,
     find_model,
     pick_device,
+    preset_of,
     prompt_file,
     read_json,
 )
@@ -233,7 +233,6 @@ NEEDS = {
         lambda s: s.scored or (s.reward, s.text) == ("tiny", STORIES), ("reward",)),
     "a KL term, --beta above 0, or a judge": (
         lambda s: s.beta > 0 or s.algo in JUDGED and not s.judge, ("reference",)),
-    "a run that trains: no --watch": (lambda s: not s.watch, ("out", "eval_prompts")),
     "a GPU, or --dry-run": (
         lambda s: s.dry_run or pick_device(s.device)[0].type == "cuda", ("gpu_memory",)),
 }
@@ -274,8 +273,7 @@ def resolve(given: dict) -> tuple[Settings, dict]:
         given = continued(folder, given)
     name = given.get("model", "tiny-rlpt" if given.get("algo") == "rlpt" else Settings.model)
     path = find_model(name, weights=not given.get("dry_run"))
-    file = path / "training.json"
-    preset = MODELS.get(name, {}) | (read_preset(file) if file.exists() else {})
+    preset = MODELS.get(name, {}) | read_preset(path)
     algo = given.get("algo", preset.get("algo", Settings.algo))
     s = Settings(**{"model": name} | ALGOS[algo] | preset | OVER_PRESETS.get(algo, {}) | given)
     for needs, (met, flags) in NEEDS.items():
@@ -295,15 +293,12 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     return s, preset
 
 
-def read_settings(file: Path) -> dict:
-    """The settings in a JSON file; InputError for a name that is no setting, and a wrong value."""
-    values = read_json(file)
-    values.pop("sources", None)                         # of a run's config.json
+def check_names(file: Path, values: dict):
+    """InputError for a name in a JSON file that is no setting, and for a wrong value."""
     for key, value in values.items():
         if key not in KNOWN:
             raise InputError(f"{file}: {key} is no setting")
         check_value(f"{file}: {key}", KNOWN[key], value)
-    return values
 
 
 def check_value(name: str, f, value):
@@ -317,10 +312,11 @@ def check_value(name: str, f, value):
         raise InputError(f"{name} must be at least {least} and at most {most}, found {value}")
 
 
-def read_preset(file: Path) -> dict:
+def read_preset(folder: Path) -> dict:
     """The settings in a model's training.json. It may be a stranger's: it can set how the game is
     played, numbers and choices, and no path on this machine."""
-    preset = read_settings(file)
+    file, preset = folder / "training.json", preset_of(folder)
+    check_names(file, preset)
     for key, value in preset.items():
         harmless = KNOWN[key].type in (int, float) or KNOWN[key].metadata["choices"]
         if not harmless and value not in (PRESETS.get(key, (None,)) or (value,)):
@@ -330,10 +326,10 @@ def read_preset(file: Path) -> dict:
 
 def continued(folder: Path, given: dict) -> dict:
     """Every setting of the run in a folder, with the given ones that may differ (FREE, RETUNE)."""
-    stored = read_settings(folder / "config.json")
-    if missing := KNOWN.keys() - stored.keys():
-        raise InputError(f"{folder / 'config.json'}: not the settings of a run ({missing.pop()} is "
-                         "missing)")
+    stored = read_json(folder / "config.json")
+    stored.pop("sources", None)
+    check_names(folder / "config.json", stored)
+    stored = asdict(Settings()) | stored                # a run older than a setting lacks it
     changed = {key: value for key, value in given.items()
                if key not in COMMANDS and value != stored[key]}
     for key, value in changed.items():
@@ -355,10 +351,7 @@ def continued(folder: Path, given: dict) -> dict:
 def check(s: Settings):
     """Refuse what cannot work, with the reason."""
     for key, f in KNOWN.items():
-        value = getattr(s, key)
-        check_value(flag(key), f, value)
-        if isinstance(value, str) and (SURROGATE.search(value) or "\0" in value):
-            raise InputError(f"{flag(key)} {value}: not text in UTF-8")
+        check_value(flag(key), f, getattr(s, key))
     if s.warmup > s.steps:
         raise InputError(f"--warmup {s.warmup} is longer than the run, --steps {s.steps}")
     if s.out and os.path.lexists(s.out) and not (s.resume or s.requeue or s.overwrite):
@@ -369,12 +362,8 @@ def check(s: Settings):
     if (s.algo == "sft") != (s.answers == 1):
         raise InputError(f"--answers {s.answers}: a group to compare needs at least 2; --algo sft "
                          "has 1")
-    if s.algo in GIVEN and s.prompts in MIXES and s.reward != "tiny":
-        raise InputError(f"--prompts {s.prompts} belongs to the embedded world: give a file")
     if s.algo == "rlpt" and not s.text:
         raise InputError("--algo rlpt learns from plain text: give --text FILE_OR_FOLDER")
-    if s.strict and s.reference_segments != Settings.reference_segments:
-        raise InputError("--strict compares with one sentence: no --reference-segments")
     if s.tasks and s.task != "None":
         raise InputError("give --task, or --tasks FILE")
     if s.algo in CHALLENGED and s.queries < 2:

