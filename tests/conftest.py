@@ -1,7 +1,9 @@
 """Fixtures that several tests share, and --assets DIR:
 real tokenizers and weights (smollm2-135m, llama3-tokenizer)."""
 import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,40 @@ from tiny import world  # noqa: E402
 # in this process and in those it starts.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "beside(*command): starts with the session and runs "
+                            "beside the other tests; the test comes last and takes its result")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that wait for a program of their own come last. The order is otherwise kept."""
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs(request):
+    """{test: future of its finished program}; one after another, on a core of their own."""
+    def start(command):
+        life = subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+        lives.append(life)
+        stdout, stderr = life.communicate()
+        return subprocess.CompletedProcess(command, life.returncode, stdout, stderr)
+
+    lives, queue = [], ThreadPoolExecutor(1)
+    marks = {item.nodeid: item.get_closest_marker("beside") for item in request.session.items}
+    yield {test: queue.submit(start, mark.args) for test, mark in marks.items() if mark}
+    queue.shutdown(wait=False, cancel_futures=True)
+    for life in lives:
+        life.kill()
+
+
+@pytest.fixture
+def finished(programs, request):
+    """The finished program of a test that is marked as beside: returncode, stdout, stderr."""
+    return programs[request.node.nodeid].result()
 
 
 def pytest_addoption(parser):

@@ -63,11 +63,10 @@ def saved(out: Path) -> list[int]:
 
 # ---------------------------------------------------------------- the campaign, in short
 
-def test_four_kills_and_every_other_fault_leave_no_difference():
-    result = subprocess.run([sys.executable, ROOT / "bench/faults.py", "--quick"],
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    table = json.loads(result.stdout.splitlines()[-1])["table"]
+@pytest.mark.beside(ROOT / "bench/faults.py", "--quick")
+def test_four_kills_and_every_other_fault_leave_no_difference(finished):
+    assert finished.returncode == 0, finished.stderr
+    table = json.loads(finished.stdout.splitlines()[-1])["table"]
     assert len(table) == len(campaign.CAMPAIGN) and sum(row["trials"] for row in table[:2]) == 4
     assert all(row["recovered"] == row["trials"] and not row["differences"] for row in table)
 
