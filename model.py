@@ -248,7 +248,11 @@ class Llama(nn.Module):
         return getattr(torch, dtype_name(self.raw_config))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V), fp32."""
+        """(..., D) -> (..., V), fp32. A GPU sums products of bfloat16 numbers in fp32: the sums are
+        kept as they are, not rounded to bfloat16 (torch has no gradient of this product)."""
+        if hidden.is_cuda and hidden.dtype.itemsize == 2 and not torch.is_grad_enabled():
+            y = torch.mm(hidden.flatten(0, -2), self.head.t(), out_dtype=torch.float32)
+            return y.view(*hidden.shape[:-1], -1)                            # (..., V)
         return wide(product(hidden, self.head))
 
 
