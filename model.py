@@ -57,11 +57,12 @@ def rope_frequencies(config: Config) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on (B, heads, T, d) with cos and sin (B, 1, T, d); the pairs are coordinates i and
-    i + d/2, as in Hugging Face checkpoints."""
+    """RoPE on (B, heads, T, d): (a, b) -> (a cos - b sin, b cos + a sin). As in Hugging Face
+    checkpoints, a pair is coordinates i and i + d/2. cos and sin (B, 1, T, d) are those of the
+    negative angles in the first half, so that one product serves both halves."""
     y = wide(x)
     a, b = y.chunk(2, dim=-1)                                              # (B, heads, T, d/2) each
-    return (y * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+    return (y * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
 
 
 def recomputed(f, *inputs: Tensor) -> Tensor:
@@ -189,7 +190,8 @@ class Llama(nn.Module):
         self.checkpointing = False           # in forward
         self.raw_config, self.carried = {}, {}       # what checkpoints bring and save_model writes
         # No parameter and no buffer: .to(bfloat16) must not round it.
-        self.frequencies = rope_frequencies(config)
+        frequencies = rope_frequencies(config)
+        self.frequencies = torch.cat((-frequencies, frequencies))            # (d,), for rotate
 
     def forward(self, tokens: Tensor, *, positions: Tensor | None = None,
                 cache: Cache | Prompts | Continuation | None = None) -> Tensor:
@@ -210,8 +212,7 @@ class Llama(nn.Module):
             self.frequencies = self.frequencies.to(precision).to(x.device)
         where = slots if positions is None else positions
         angles = where[:, None, :, None].to(precision) * self.frequencies.to(precision)
-        angles = torch.cat((angles, angles), dim=-1)                         # (B, 1, T, d)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()                                # (B, 1, T, d) each
         for layer, block in enumerate(self.model.layers):
             inputs = (x, cos, sin, slots, mask, cache, layer)
             # Checkpointed, a block keeps only its input and is computed again in the backward pass:
@@ -247,7 +248,11 @@ class Llama(nn.Module):
         return getattr(torch, dtype_name(self.raw_config))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V), fp32."""
+        """(..., D) -> (..., V), fp32. A GPU sums products of bfloat16 numbers in fp32: the sums are
+        kept as they are, not rounded to bfloat16 (torch has no gradient of this product)."""
+        if hidden.is_cuda and hidden.dtype.itemsize == 2 and not torch.is_grad_enabled():
+            y = torch.mm(hidden.flatten(0, -2), self.head.t(), out_dtype=torch.float32)
+            return y.view(*hidden.shape[:-1], -1)                            # (..., V)
         return wide(product(hidden, self.head))
 
 

@@ -56,6 +56,8 @@ class ChunkedLogProbs(torch.autograd.Function):
             logits = memory[:, :len(w)]                                      # (M, width)
             if logits.dtype == hidden.dtype:
                 torch.mm(hidden, w.t(), out=logits)
+            elif hidden.is_cuda:         # sums of bfloat16 products, kept in fp32: Llama.logits
+                torch.mm(hidden, w.t(), out_dtype=logits.dtype, out=logits)
             else:
                 logits.copy_(hidden @ w.t())
             if temperature != 1:

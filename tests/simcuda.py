@@ -106,6 +106,11 @@ def unwrap(x):
     return x.inner if isinstance(x, Sim) else x
 
 
+def fp32_product(a, b, out_dtype, out=None):
+    """torch.mm(..., out_dtype=), which PyTorch has for CUDA alone."""
+    return torch.mm(a.to(out_dtype), b.to(out_dtype), out=out)
+
+
 def run(func, args, kwargs):
     """One operation on the tensors inside, checked as a GPU would check it."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
@@ -123,7 +128,8 @@ def run(func, args, kwargs):
     options = {key: tree_map(unwrap, value) for key, value in kwargs.items() if key != "pin_memory"}
     if to_gpu:
         options["device"] = CPU
-    out = func(*tree_map(unwrap, args), **options)
+    compute = fp32_product if func in (aten.mm.dtype, aten.mm.dtype_out) else func
+    out = compute(*tree_map(unwrap, args), **options)
     if func is aten._to_copy.default:
         return Sim(out) if to_gpu or target is None and gpu[0] else out
     if func in (aten._local_scalar_dense.default, aten.equal.default):

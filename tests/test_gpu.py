@@ -16,6 +16,7 @@ import train as game
 from bench import parity
 from plumbing import ranks
 from plumbing.files import find_model, pick_device
+from plumbing.logprobs import log_probs
 from plumbing.memory import MasterAdamW
 from plumbing.settings import Settings, resolve
 from sample import sample
@@ -147,6 +148,25 @@ def test_sampling_scoring_and_an_update_on_the_pretend_gpu_are_those_of_the_cpu(
         found = rewards.last_hidden(model, PROMPTS, [0, 1, 2], 64)
         assert torch.equal(simcuda.unwrap(found), hidden)
         assert (step_on(model, other, rows_of(expected)) - weights).abs().max() < 1e-6
+
+
+def test_bfloat16_logits_on_a_gpu_are_not_rounded_to_bfloat16(cuda):
+    """In sampling and in the loss; with gradients the plain product, for torch has no other."""
+    plain = random_llama("llama3_tied").bfloat16()
+    hidden = torch.randn(2, 5, plain.config.hidden_size).bfloat16()                  # (B, T, D)
+    targets = torch.randint(plain.config.vocab_size, (10,))
+    expected = hidden.float() @ plain.head.detach().float().t()                      # (B, T, V)
+    logp = expected.flatten(0, 1).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    with simcuda.Mode():
+        model = simcuda.to_gpu(plain)
+        hidden, targets = hidden.to("cuda"), targets.to("cuda")
+        rounded = simcuda.unwrap(model.logits(hidden).detach())
+        with torch.no_grad():
+            found = simcuda.unwrap(model.logits(hidden))
+        found_logp = simcuda.unwrap(log_probs(model, hidden.flatten(0, 1), targets).detach())
+    assert found.shape == expected.shape and (found - expected).abs().max() < 1e-6
+    assert torch.equal(rounded, rounded.bfloat16().float()) and not torch.equal(found, rounded)
+    assert (found_logp - logp).abs().max() < 1e-5
 
 
 def test_the_first_checks_of_the_gpu_benchmark_pass_on_the_pretend_gpu(cuda, monkeypatch):
