@@ -16,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import rewards
 from evals import benchmarks, grade, judges, plot, results
@@ -24,7 +23,7 @@ from evals.page import page
 from model import load_model, read_config
 from plumbing.chat import Tokenizer
 from plumbing.cli import Parser, run_script
-from plumbing.data import generator
+from plumbing.data import check_data, generator
 from plumbing.files import (
     HERE,
     InputError,
@@ -55,28 +54,19 @@ def answer(args, queries: list[str], done: set[int], samples: int = 1):
     if not left:
         return
     device, dtype = pick_device(args.device, path)
-    tokenizer = Tokenizer(path)
-    strange = next((s for i in left if (s := tokenizer.unencodable(queries[i])) is not None), None)
-    if strange is not None:
-        raise InputError(f"the tokenizer of {args.model} cannot encode {strange!r}")
+    tokenizer, context = Tokenizer(path), read_config(path).max_position_embeddings
+    check_data(args.prompts or args.name, [(query, None) for query in queries], tokenizer,
+               context - args.max_new_tokens)
     model = load_model(path, device=device, dtype=dtype, writes=True)
-    prompts = {i: tokenizer.chat([{"role": "user", "content": queries[i]}]) for i in left}
-    longest = max(map(len, prompts.values()))
-    context = model.config.max_position_embeddings
-    if longest + args.max_new_tokens > context:
-        raise InputError(f"the longest prompt has {longest} tokens: with {args.max_new_tokens} new "
-                         f"ones it does not fit into the model's context of {context}")
     seeds = torch.randint(2**63 - 1, (len(queries), samples),
                           generator=generator(args.seed, 0, "evaluate")).tolist()
-    with tqdm(total=len(queries), initial=len(done), desc="answering") as bar:
-        for start in range(0, len(left), args.batch):
-            some = left[start:start + args.batch]
-            groups = sample(model, [prompts[i] for i in some], num_samples=samples,
-                            max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                            stop_ids=tokenizer.stop_ids, seeds=sum((seeds[i] for i in some), []))
-            for i, group in zip(some, groups):
-                yield i, [(text_of(tokenizer, row), not row.stopped) for row in group]
-            bar.update(len(some))
+    for some in results.in_batches(left, args.batch, "answering"):
+        prompts = [tokenizer.chat([{"role": "user", "content": queries[i]}]) for i in some]
+        groups = sample(model, prompts, num_samples=samples, max_new_tokens=args.max_new_tokens,
+                        temperature=args.temperature, stop_ids=tokenizer.stop_ids,
+                        seeds=sum((seeds[i] for i in some), []))
+        for i, group in zip(some, groups):
+            yield i, [(text_of(tokenizer, row), not row.stopped) for row in group]
 
 
 def made_by(args, measure: str, queries: list[str], **more) -> dict:
@@ -246,7 +236,7 @@ def make_parser() -> Parser:
     new("--judge-tokens", type=int, default=1024, help="longest reply from the URL")
     new("--judge-fields", type=judges.json_object, help="JSON object of further fields of a "
         'request, null to leave one out: {"max_completion_tokens": 2048, "max_tokens": null}')
-    new("--timeout", type=float, default=120, help="seconds that a reply may take (default 120)")
+    new("--timeout", type=float, default=120, help="seconds to wait for a reply (default 120)")
     new("--out", help="file of the verdicts (default: beside the first outputs)")
     new("--concurrency", type=int, default=4, help="questions at a time, to a URL")
     add_device(new)

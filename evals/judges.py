@@ -11,16 +11,17 @@ import math
 import os
 import re
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from evals.results import in_batches
 from model import Llama
 from plumbing.chat import Tokenizer, fill, without_tags
 from plumbing.data import read_entries
@@ -38,11 +39,12 @@ def read_outputs(path: str) -> dict[tuple[str, int], dict]:
     """A file of AlpacaEval's format: {(instruction, which of equal ones): its entry}."""
     seen, outputs = Counter(), {}
     for where, entry in read_entries(path):
-        if not isinstance(entry, dict) or not all(
-                isinstance(entry.get(key), str) for key in ("instruction", "output")):
+        fields = entry if isinstance(entry, dict) else {}
+        query, output = fields.get("instruction"), fields.get("output")
+        if not isinstance(query, str) or not isinstance(output, str):
             raise InputError(f"{path}, {where}: expected an object with instruction and output")
-        seen[entry["instruction"]] += 1
-        outputs[entry["instruction"], seen[entry["instruction"]]] = entry
+        seen[query] += 1
+        outputs[query, seen[query]] = entry
     if not outputs:
         raise InputError(f"{path}: no outputs in it")
     return outputs
@@ -71,67 +73,66 @@ def read_annotations(path: str, name: str | None = None) -> list[tuple[float | N
     """
     found = {}                                              # generator_2: its values and subsets
     for where, entry in read_entries(path):
-        preference = entry.get("preference", "none") if isinstance(entry, dict) else "none"
-        if preference is None or preference != preference:                   # NaN: null in pandas
-            value = None
-        elif type(preference) in (int, float) and (preference == 0 or 1 <= preference <= 2):
-            value = preference - 1 if preference else 0.5
-        else:
+        try:
+            preference = math.nan if entry["preference"] is None else entry["preference"]
+            failed = math.isnan(preference)                              # NaN: null in pandas
+            valid = failed or preference == 0 or 1 <= preference <= 2
+        except (LookupError, TypeError):
+            valid = False
+        if not valid:
             raise InputError(f"{path}, {where}: expected a preference of 1 to 2, 0 or null")
+        value = None if failed else preference - 1 if preference else 0.5
         found.setdefault(str(entry.get("generator_2")), []).append((value, entry.get("dataset")))
-    if not found:
-        raise InputError(f"{path}: no annotations in it")
-    if name is None and len(found) > 1:
-        raise InputError(f"{path} judges {len(found)} models ({', '.join(sorted(found))}): choose "
-                         "one with --generator NAME")
-    if name is not None and name not in found:
-        raise InputError(f"{path}: no generator_2 {name!r} in it")
-    return found[name or next(iter(found))]
+    if name is None and len(found) == 1:
+        (name,) = found
+    if name not in found:
+        raise InputError(f"{path} has annotations of {', '.join(sorted(found)) or 'no model'}: "
+                         "choose one with --generator NAME")
+    return found[name]
 
 
-def questions(pairs: list[dict], done: list[dict]):
-    """(pair, whether a is shown first) for each of both orders that has no verdict yet."""
+def questions(pairs: list[dict], done: list[dict]) -> list[tuple[dict, str]]:
+    """(pair, "a" or "b": which answer is shown first) for both orders that have no verdict yet."""
     had = {(r["item"], r["first"]) for r in done if r["preference"] is not None}
-    return [(pair, first == "a") for pair in pairs for first in "ab"
-            if (pair["item"], first) not in had]
+    return [(pair, first) for pair in pairs for first in "ab" if (pair["item"], first) not in had]
 
 
-def verdict(pair: dict, preference: float | None, **more) -> dict:
-    return {"item": pair["item"], "query": pair["query"], "subset": pair["subset"],
-            "preference": preference} | more
-
-
-def asked(prompt: str, pair: dict, a_first: bool) -> str:
-    """The judge's question."""
-    first, second = (pair["a"], pair["b"]) if a_first else (pair["b"], pair["a"])
-    texts = {"instruction": pair["query"], "first": first, "second": second}
+def asked(prompt: str, pair: dict, first: str) -> str:
+    """The judge's question. first: "a" or "b", the answer that is shown first."""
+    second = "b" if first == "a" else "a"
+    texts = {"instruction": pair["query"], "first": pair[first], "second": pair[second]}
     return fill(prompt, **{name: without_tags(text, prompt) for name, text in texts.items()})
+
+
+def verdict(pair: dict, first: str | None, share: float | None, **more) -> dict:
+    """A record of the file of verdicts. share: 1 if the answer shown first is better (or a, where
+    first is None), 0 if the other one is, None where the judge failed."""
+    share = 1 - share if first == "b" and share is not None else share
+    return {"item": pair["item"], "query": pair["query"], "subset": pair["subset"], "first": first,
+            "orders": 2 if first else 1, "preference": None if share is None else 1 + share} | more
 
 
 def report(records: list[dict]):
     """Print how many replies could not be parsed, how often both orders of a pair gave the same
     verdict, and whether the judge favours a position."""
-    latest = {(r["item"], r["first"]): r for r in records}.values()     # some were asked again
+    latest = {(r["item"], r["first"]): r for r in records}              # some were asked again
     for key, what in (("reply", "replies could not be parsed"),
                       ("refused", "questions were not answered")):
-        texts = [r[key] or "" for r in latest if r["preference"] is None and key in r]
+        texts = [r[key] or "" for r in latest.values() if r["preference"] is None and key in r]
         if texts:
             print(f"{len(texts)} {what}, for example {texts[0][-100:]!r}; the same command asks "
                   "again")
-    masses = [r["mass"] for r in latest if "mass" in r]
+    masses = [r["mass"] for r in latest.values() if "mass" in r]
     if masses and sum(masses) < len(masses) / 2:
         print(f"the judge wanted to say something else than 1 or 2: together they had a "
               f"probability of {sum(masses) / len(masses):.2f} on average")
-    values, first = {}, []
-    for record in latest:
-        if record["preference"] is not None and record["first"]:
-            values.setdefault(record["item"], []).append(record["preference"])
-            x = record["preference"] - 1                                # 1: a is preferred
-            first.append(x if record["first"] == "a" else 1 - x)
-    both = [pair for pair in values.values() if len(pair) == 2]
+    judged = {key: r["preference"] for key, r in latest.items() if r["preference"] is not None}
+    both = [(value, judged[item, "b"]) for (item, first), value in judged.items()
+            if first == "a" and (item, "b") in judged]
     if both:
-        agree = sum((x > 1.5) - (x < 1.5) == (y > 1.5) - (y < 1.5) for x, y in both)
-        share = sum(first) / len(first)
+        a_first, b_first = np.transpose(both) - 1.5         # (n,) above 0: a is preferred
+        agree = (np.sign(a_first) == np.sign(b_first)).sum()
+        share = 0.5 + (a_first - b_first).mean() / 2
         print(f"the two orders agree on {agree} of {len(both)} pairs; the answer shown first is "
               f"preferred in {share:.0%}" + ("" if abs(share - 0.5) < 0.15 else
               ": this judge goes by the place, and its win-rate says little"))
@@ -143,51 +144,43 @@ def by_reward(judge: RewardModel, pairs: list[dict], done: list[dict], write, ba
     """The higher reward wins. The answers are read one by one: there is no order."""
     had = {record["item"] for record in done}
     left = [pair for pair in pairs if pair["item"] not in had]
-    for start in tqdm(range(0, len(left), batch), desc="judging", unit=f" x {batch}"):
-        some = left[start:start + batch]
+    for some in in_batches(left, batch, "judging"):
         a, b = (judge([p["query"] for p in some], [p[side] for p in some]).tolist()
                 for side in "ab")
         for pair, ours, theirs in zip(some, a, b):
-            preference = 1.5 + (ours > theirs) / 2 - (ours < theirs) / 2
-            preference = None if math.isnan(ours + theirs) else preference
-            write(verdict(pair, preference, orders=1, first=None, reward_a=ours, reward_b=theirs))
+            share = None if math.isnan(ours + theirs) else ((ours > theirs) + (ours >= theirs)) / 2
+            write(verdict(pair, None, share, reward_a=ours, reward_b=theirs))
 
 
+@torch.no_grad()
 def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict], done: list[dict],
              write, batch: int):
     """The judge's turn is started with "Better: ", and the preference is the probability of 1
     against 2 as the next token. Nothing has to be parsed; mass is what these two had together."""
-    one, two = tokenizer.encode("Better: 1"), tokenizer.encode("Better: 2")
-    if len(one) != len(two) or one[:-1] != two[:-1]:
+    *start, one = tokenizer.encode("Better: 1")
+    *other_start, two = tokenizer.encode("Better: 2")
+    if start != other_start:
         raise InputError(f"{tokenizer.path}: as a judge it needs a token each for 1 and 2")
-    left = questions(pairs, done)
-    turns = [[{"role": "user", "content": asked(prompt, *question)}] for question in left]
-    rows = [tokenizer.chat(turn) + one[:-1] for turn in turns]
-    longest, context = max(map(len, rows), default=0), judge.config.max_position_embeddings
-    if longest > context:
+    rows = [(tokenizer.chat([{"role": "user", "content": asked(prompt, *question)}]) + start,
+             *question) for question in questions(pairs, done)]
+    longest = max((len(ids) for ids, _, _ in rows), default=0)
+    if longest > judge.config.max_position_embeddings:
         raise InputError(f"a question of {longest} tokens does not fit into the judge's context of "
-                         f"{context}")
-    for start in tqdm(range(0, len(left), batch), desc="judging", unit=f" x {batch}"):
-        some = left[start:start + batch]
-        with torch.no_grad():
-            hidden = last_hidden(judge, rows[start:start + batch],
-                                 [pair["item"] for pair, _ in some], 16384)  # (b, D)
-            p = judge.logits(hidden).softmax(-1)                             # (b, V)
-        p = p[:, [one[-1], two[-1]]].cpu()                                   # (b, 2)
-        mass = p.sum(-1)                                                     # (b,)
-        for (pair, a_first), share, m in zip(some, (p[:, 0] / mass).tolist(), mass.tolist()):
-            write(verdict(pair, 1 + (share if a_first else 1 - share), orders=2,
-                          first="a" if a_first else "b", mass=m))
+                         f"{judge.config.max_position_embeddings}")
+    for some in in_batches(rows, batch, "judging"):
+        hidden = last_hidden(judge, [ids for ids, _, _ in some],
+                             [pair["item"] for _, pair, _ in some], 16384)       # (b, D)
+        p = judge.logits(hidden).softmax(-1)[:, [one, two]].cpu()                # (b, 2)
+        mass = p.sum(-1)                                                         # (b,)
+        for (_, pair, first), share, m in zip(some, (p[:, 0] / mass).tolist(), mass.tolist()):
+            write(verdict(pair, first, share, mass=m))
+
 
 # ---------------------------------------------------------------- a judge behind HTTP
 
-class Refused(Exception):
-    """The server does not accept this question (too long, mostly)."""
-
-
 class Endpoint:
     """Chat completions of an OpenAI-compatible server. fields: further ones of a request, where
-    None leaves one out; seconds: how long a whole reply may take."""
+    None leaves one out; seconds: how long the server may be silent."""
 
     def __init__(self, url: str, model: str, *, max_tokens: int = 1024, seconds: float = 120,
                  fields: dict | None = None):
@@ -200,72 +193,63 @@ class Endpoint:
             raise InputError(f"{KEY} holds characters that no key has")
         suffix = "/chat/completions"
         self.url = url.rstrip("/").removesuffix(suffix) + suffix
-        self.seconds, self.stop = seconds, threading.Event()         # set: nobody waits any more
+        self.seconds, self.stop = seconds, threading.Event()         # set: no more tries
         body = {"model": model, "temperature": 0, "max_tokens": max_tokens} | (fields or {})
         self.body = {key: value for key, value in body.items() if value is not None}
 
-    def ask(self, text: str) -> str | None:
-        """The reply to a message; None where the server sent none (filtered).
+    def ask(self, text: str) -> dict:
+        """{"reply": the answer to a message, None where the server gave none (filtered)}, or
+        {"refused": why} where the server accepts this message alone not (too long, mostly).
 
-        Refused for this message alone; InputError where no question can work (wrong key or
-        address), and after TRIES tries. No text that is returned or raised holds the key.
+        InputError where no question can work (wrong key or address), and after TRIES tries.
         """
-        body = self.body | {"messages": [{"role": "user", "content": text}]}
-        headers = {"Content-Type": "application/json"}
         for attempt in range(TRIES):
+            if attempt and self.stop.wait(BACKOFF * 2 ** (attempt - 1)):
+                break
             try:
-                request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-                if self.key:
-                    request.add_unredirected_header("Authorization", f"Bearer {self.key}")
-                with urllib.request.urlopen(request, timeout=self.seconds) as response:
-                    return self.hidden(content_of(self.whole(response)))
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code} {self.said(error)}"
-                if error.code in UNFIT:
-                    raise Refused(reason) from None
-                if error.code < 500 and error.code not in RETRIED:
+                code, reply = self.send(text)
+                if code < 300:
+                    return {"reply": content_of(reply)}
+                reason = f"HTTP {code} {reply[:200]}"
+                if code in UNFIT:
+                    return {"refused": reason}
+                if code < 500 and code not in RETRIED:
                     break
             except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-                reason = self.hidden(f"{type(error).__name__}: {error}")
-            if attempt == TRIES - 1 or self.stop.wait(BACKOFF * 2 ** attempt):
-                break
+                reason = f"{type(error).__name__}: {error}"
         self.stop.set()
         raise InputError(f"{self.url}: {reason} (the verdicts so far are kept: the same command "
                          "goes on)")
 
-    def whole(self, response) -> bytes:
-        """A whole reply; TimeoutError where it takes longer than it may (a server can trickle)."""
-        deadline, text = time.monotonic() + self.seconds, b""
-        while piece := response.read1(2 ** 16):
-            text += piece
-            if time.monotonic() > deadline or len(text) > 2 ** 22:
-                raise TimeoutError(f"no whole reply in {self.seconds:g} s")
-        return text
-
-    def said(self, error: urllib.error.HTTPError) -> str:
-        """The beginning of an error's body. The key is hidden before the cut could halve it."""
+    def send(self, text: str) -> tuple[int, str]:
+        """Status and body of the server's response to a message, the body without our key."""
+        body = self.body | {"messages": [{"role": "user", "content": text}]}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        if self.key:
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         try:
-            return self.hidden(self.whole(error).decode(errors="replace"))[:200]
-        except (OSError, http.client.HTTPException):
-            return ""
+            response = urllib.request.urlopen(request, timeout=self.seconds)
+        except urllib.error.HTTPError as error:
+            response = error
+        with response:
+            reply = response.read().decode(errors="replace")
+        # A key of few letters is a local server's stand-in.
+        return response.code, reply.replace(self.key, "[key]") if len(self.key) >= 8 else reply
 
-    def hidden(self, text: str | None) -> str | None:
-        """A server's words without our key; one of few letters is a local server's stand-in."""
-        return text.replace(self.key, "[key]") if text and len(self.key) >= 8 else text
 
-
-def content_of(reply: bytes) -> str | None:
+def content_of(reply: str) -> str | None:
     """A chat completion's text, None where the server gave none; ValueError if it is no reply."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
         # UTF-8 has no half characters, which JSON may hold.
         return None if content is None else content.encode(errors="replace").decode()
     except (LookupError, TypeError, AttributeError):
-        said = reply[:200].decode(errors="replace")
-        raise ValueError(f"no chat completion: {said}") from None
+        raise ValueError(f"no chat completion: {reply[:200]}") from None
 
 
 LINE = re.compile(r"^[ \t*_>#-]*better[ \t*_]*:[ \t*_\"']*(1|2|tie)[ \t*_.\"']*$", re.I | re.M)
+SHARES = {"1": 1.0, "2": 0.0, "tie": 0.5}       # of the answer shown first
 
 
 def parse_preference(reply: str | None) -> str | None:
@@ -275,11 +259,8 @@ def parse_preference(reply: str | None) -> str | None:
 
 
 def json_object(text: str) -> dict:
-    """The value of --judge-fields."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
+    """The value of --judge-fields; else a ValueError or TypeError, which argparse reports."""
+    return dict(json.loads(text))
 
 
 def by_endpoint(endpoint: Endpoint, prompt: str, pairs: list[dict], done: list[dict], write,
@@ -288,26 +269,19 @@ def by_endpoint(endpoint: Endpoint, prompt: str, pairs: list[dict], done: list[d
     verdict, and the next command asks again. A server that fails ends the command."""
     lock = threading.Lock()
 
-    def work(pair, a_first):
-        if endpoint.stop.is_set():                                  # another one failed for good
+    def work(pair, first):
+        if endpoint.stop.is_set():                                      # another one failed
             return
-        record = dict(orders=2, first="a" if a_first else "b")
-        if pair["a"] == pair["b"]:                                  # nothing to ask
-            preference = 1.5
-        else:
-            try:
-                record["reply"] = endpoint.ask(asked(prompt, pair, a_first))
-            except Refused as error:
-                record["refused"] = str(error)
-            ours = {"1": 2, "2": 1, "tie": 1.5} if a_first else {"1": 1, "2": 2, "tie": 1.5}
-            preference = ours.get(parse_preference(record.get("reply")))
+        same = pair["a"] == pair["b"]                                   # nothing to ask
+        record = {} if same else endpoint.ask(asked(prompt, pair, first))
+        share = 0.5 if same else SHARES.get(parse_preference(record.get("reply")))
         with lock:
-            write(verdict(pair, preference, **record))
+            write(verdict(pair, first, share, **record))
 
     with ThreadPoolExecutor(concurrency) as pool:
         try:
             futures = [pool.submit(work, *question) for question in questions(pairs, done)]
-            for future in tqdm(as_completed(futures), total=len(futures), desc="judging"):
+            for future in tqdm(as_completed(futures), "judging", len(futures), disable=None):
                 future.result()
         finally:                        # Ctrl-C too: what is under way is still written
             endpoint.stop.set()

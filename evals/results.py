@@ -11,9 +11,11 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from plumbing.files import InputError
 from plumbing.runs import read_lines
@@ -48,6 +50,15 @@ def resume(path: Path, header: dict) -> list[dict]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     return records
+
+
+def in_batches(items: list, size: int, what: str) -> Iterator[list]:
+    """Slices of `size` items; a terminal shows a progress bar (disable=None) of the items done."""
+    with tqdm(total=len(items), desc=what, disable=None) as bar:
+        for start in range(0, len(items), size):
+            some = items[start:start + size]
+            yield some
+            bar.update(len(some))
 
 
 def digest(texts: list[str]) -> str:

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -58,6 +59,13 @@ def test_somebody_elses_file_is_not_touched(tmp_path, content):
     with pytest.raises(InputError, match="r.jsonl"):
         results.resume(path, HEADER)
     assert path.read_text() == content
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_how_far_an_evaluation_is(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert list(results.in_batches([1, 2, 3], 2, "answering")) == [[1, 2], [3]]
+    assert ("answering: 100%" in capsys.readouterr().err) == terminal
 
 
 # ---------------------------------------------------------------- figures
