@@ -12,6 +12,7 @@ completion has a random stream of its own: what it says does not depend on its c
 Shapes: B rows (one per completion) still in the batch, V vocabulary, b tokens of a block.
 """
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,14 @@ from plumbing.batches import take_batch
 from plumbing.cache import Cache, prefill
 from plumbing.chat import Tokenizer, fill
 from plumbing.cli import Parser, run_script
-from plumbing.files import InputError, find_model, pick_device, prompt_file, read_prompt
+from plumbing.files import (
+    InputError,
+    find_model,
+    pick_device,
+    preset_of,
+    prompt_file,
+    read_prompt,
+)
 
 
 @dataclass
@@ -259,7 +267,9 @@ def stream(model: Llama, tokenizer: Tokenizer, messages: list[dict], *, max_new_
     ids, shown = [], ""
     strange = tokenizer.unencodable(messages[-1]["content"])
     if strange is not None:
-        raise InputError(f"this model's tokenizer cannot encode {strange!r}")
+        toy = preset_of(tokenizer.path).get("reward") == "tiny"
+        raise InputError(f"this model's tokenizer cannot encode {strange!r}" + toy * (
+            ": the embedded model knows nothing but sums. Ask: What is 37 + 48?"))
     prompt = tokenizer.chat(messages)
     free = model.config.max_position_embeddings - len(prompt)
     if free < 1:
@@ -314,6 +324,7 @@ def main():
     tokenizer = Tokenizer(path)
     model = load_model(path, device=device, dtype=dtype, writes=True)
     say = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    print(f"{args.model}, temperature {args.temperature:g}, seed {args.seed}", file=sys.stderr)
 
     if args.challenger:
         prompt = read_prompt(args.challenger_prompt or prompt_file(path, "challenger"), fills)

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import rewards
 import rlpt
@@ -17,12 +18,22 @@ from sample import sample, text_of
 ASKED = 1000                 # queries that show what the embedded world's Challenger asks
 
 
-def greedy(game, queries: list[str]) -> tuple[list[str], Tensor]:
-    """The Solver's likeliest answers, and whether each came to its end, (len,) bool."""
+def greedy(game, queries: list[str], at_once: int) -> tuple[list[str], Tensor]:
+    """The Solver's likeliest answers, and whether each came to its end, (len,) bool. Between so
+    many `at_once` a progress bar moves on, and a signal can end the run."""
     prompts = [game.tokenizer.chat([{"role": "user", "content": q}]) for q in queries]
-    rows = ranks.spread(lambda part: sample(
-        game.policy, part, max_new_tokens=game.settings.answer_tokens, temperature=0,
-        stop_ids=game.tokenizer.stop_ids, batch_tokens=game.settings.batch_tokens), prompts)
+
+    def answer(part):
+        rows = []
+        for first in tqdm(range(0, len(part), at_once), "held-out prompts", unit=f" x {at_once}",
+                          disable=None if at_once < len(part) else True):
+            game.phase.stop.check()
+            rows += sample(game.policy, part[first:first + at_once], temperature=0,
+                           max_new_tokens=game.settings.answer_tokens,
+                           stop_ids=game.tokenizer.stop_ids,
+                           batch_tokens=game.settings.batch_tokens)
+        return rows
+    rows = ranks.spread(answer, prompts)
     texts = [text_of(game.tokenizer, row) for (row,) in rows]
     return texts, torch.tensor([row.stopped for (row,) in rows])
 
@@ -52,7 +63,7 @@ def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list
     a record a prompt. start: those records of the starting model; None: this is the start.
     """
     queries, golds = map(list, zip(*held_out))
-    answers, stopped = greedy(game, queries)
+    answers, stopped = greedy(game, queries, 64)
     game.phase.load(getattr(game.reward, "model", None))
     ours = rewards.score(game.reward, queries, answers, golds, stopped)                    # (len,)
     answered = [{"query": q, "answer": a, "reward": r}
@@ -70,10 +81,11 @@ def evaluate_world(game) -> dict:
     s, world = game.settings, game.world
     if game.texts:
         tasks = world.held_out_tasks()
-        answers, _ = greedy(game, [rlpt.pose(game, *task).query for task in tasks])
+        answers, _ = greedy(game, [rlpt.pose(game, *task).query for task in tasks], len(tasks))
         return world.story_figures(tasks, [rlpt.extract(answer, 0)[0] for answer in answers])
     queries = world.held_out_queries()
-    record = {"accuracy": world.accuracy(queries, greedy(game, queries)[0]), "challenger": None}
+    answers, _ = greedy(game, queries, len(queries))
+    record = {"accuracy": world.accuracy(queries, answers), "challenger": None}
     if game.challenger_prompts:
         (rows,) = sample(game.policy, game.challenger_prompts[:1], num_samples=ASKED,
                          temperature=s.temperature, max_new_tokens=s.query_tokens,

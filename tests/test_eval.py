@@ -291,7 +291,7 @@ def test_win_rate_counts_ties_half_and_cut_off_answers_as_wrong(monkeypatch):
                            reward=lambda q, a, g: [float(x) if x else 0.0 for x in a])
     held_out = [("q", "1")] * 4
     ends = torch.tensor([True, True, True, False])           # the last one was cut off
-    monkeypatch.setattr(heldout, "greedy", lambda game, queries: (list("1101"), ends))
+    monkeypatch.setattr(heldout, "greedy", lambda game, queries, _: (list("1101"), ends))
     start = [{"reward": r} for r in (0.0, 1.0, 1.0, 0.0)]
     figures, answered = heldout.evaluate(game, held_out, start)      # win, tie, loss, tie
     assert figures == {"reward": 0.5, "win_rate": 0.5, "n": 4}
