@@ -243,7 +243,7 @@ def make_parser() -> Parser:
     new = add("show", show, "a page to watch the games of one run or two")
     new("runs", nargs="+", help="one run folder, or two to stand side by side")
     new("--out", default="game.html", help="the page: one file without a network")
-    new = add("reference", lambda args: grade.run_references(args.file),
+    new = add("reference", lambda args: benchmarks.run_references(args.file),
               "run HumanEval's or MBPP's reference solutions")
     new("file", help="the data set, a JSON list or JSON lines")
     new = add("compare", lambda args: results.compare(args.base, args.runs),

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from evals.benchmarks import read_problems
 from evals.results import in_batches
 from model import Llama
 from plumbing.chat import Tokenizer, fill, without_tags
@@ -38,15 +39,9 @@ RETRIED, UNFIT = (408, 429), (400, 413, 422)    # and 500 to 599; this question,
 def read_outputs(path: str) -> dict[tuple[str, int], dict]:
     """A file of AlpacaEval's format: {(instruction, which of equal ones): its entry}."""
     seen, outputs = Counter(), {}
-    for where, entry in read_entries(path):
-        fields = entry if isinstance(entry, dict) else {}
-        query, output = fields.get("instruction"), fields.get("output")
-        if not isinstance(query, str) or not isinstance(output, str):
-            raise InputError(f"{path}, {where}: expected an object with instruction and output")
-        seen[query] += 1
-        outputs[query, seen[query]] = entry
-    if not outputs:
-        raise InputError(f"{path}: no outputs in it")
+    for entry in (problem["problem"] for problem in read_problems("outputs", path, None)[0]):
+        seen[entry["instruction"]] += 1
+        outputs[entry["instruction"], seen[entry["instruction"]]] = entry
     return outputs
 
 

@@ -464,8 +464,8 @@ def test_a_question_longer_than_the_judges_context_is_said_before_any_is_asked(
     (["a.json", "b.json"], "--judge"), (["a.json", "b.json", "--annotations", "c"], "or --annot"),
     (["a.json", "b.json", "--judge", "http://localhost:1/v1"], "--judge-model"),
     (["a.json", "b.json", "--judge", "nowhere"], "no such directory"),
-    (["a.json", "empty.json", "--judge", "tiny"], "empty.json: no outputs"),
-    (["a.json", "bad.json", "--judge", "tiny"], "bad.json, entry 1: expected"),
+    (["a.json", "empty.json", "--judge", "tiny"], "empty.json: nothing in it"),
+    (["a.json", "bad.json", "--judge", "tiny"], "bad.json, entry 1: no text in instruction"),
     (["a.json", "other.json", "--judge", "tiny"], "share no instruction")])
 def test_bad_input_is_named(monkeypatch, capsys, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
