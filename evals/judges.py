@@ -181,11 +181,10 @@ class Endpoint:
                  fields: dict | None = None):
         self.key = os.environ.get(KEY, "").strip()
         # A key in the URL would be printed, and one with a line break be shown by the error.
-        if not re.fullmatch(r"https?://(\[[\w:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", url, re.A):
-            raise InputError("--judge: a plain URL as http://localhost:8000/v1 is needed; the key "
-                             f"comes from the environment variable {KEY} alone")
-        if not re.fullmatch(r"[!-~]*", self.key):
-            raise InputError(f"{KEY} holds characters that no key has")
+        plain = re.fullmatch(r"https?://(\[[\w:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", url, re.A)
+        if not plain or not re.fullmatch(r"[!-~]*", self.key):
+            raise InputError("--judge: a plain URL as http://localhost:8000/v1 is needed, and the "
+                             f"key, one word, in the environment variable {KEY} alone")
         suffix = "/chat/completions"
         self.url = url.rstrip("/").removesuffix(suffix) + suffix
         self.seconds, self.stop = seconds, threading.Event()         # set: no more tries
@@ -194,7 +193,7 @@ class Endpoint:
 
     def ask(self, text: str) -> dict:
         """{"reply": the answer to a message, None where the server gave none (filtered)}, or
-        {"refused": why} where the server accepts this message alone not (too long, mostly).
+        {"refused": why} where the server rejects only this message (mostly: it is too long).
 
         InputError where no question can work (wrong key or address), and after TRIES tries.
         """

@@ -3,7 +3,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from evals import benchmarks, grade
 from plumbing.files import InputError
@@ -95,12 +93,6 @@ def test_a_file_of_something_else_is_refused_in_a_line(tmp_path):
     (tmp_path / "problems.json").write_text('[{"question": "1 + 1?"}]')
     with pytest.raises(InputError, match="problems.json, entry 1: no text"):
         benchmarks.run_references(str(tmp_path / "problems.json"))
-
-
-@pytest.mark.parametrize("name", ["gsm8k", "math", "humaneval", "mbpp"])
-def test_a_benchmarks_prompt_holds_the_problem_and_nothing_else_to_fill(name):
-    names = re.findall(r"\{(\w+)\}", (ROOT / "prompts" / f"{name}.txt").read_text())
-    assert names == ["problem", "tests"][:1 + (name == "mbpp")]
 
 
 # ---------------------------------------------------------------- hostile programs
