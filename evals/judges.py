@@ -86,10 +86,15 @@ def read_annotations(path: str, name: str | None = None) -> list[tuple[float | N
     return found[name]
 
 
-def questions(pairs: list[dict], done: list[dict]) -> list[tuple[dict, str]]:
-    """(pair, "a" or "b": which answer is shown first) for both orders that have no verdict yet."""
+# A question: a pair, and which answer is shown first, "a" or "b" (None: each is read alone).
+Question = tuple[dict, str | None]
+
+
+def questions(pairs: list[dict], orders, done: list[dict]) -> list[Question]:
+    """The questions that have no verdict yet. orders: which answers are to be shown first."""
     had = {(r["item"], r["first"]) for r in done if r["preference"] is not None}
-    return [(pair, first) for pair in pairs for first in "ab" if (pair["item"], first) not in had]
+    return [(pair, first) for pair in pairs for first in orders
+            if (pair["item"], first) not in had]
 
 
 def asked(prompt: str, pair: dict, first: str) -> str:
@@ -135,11 +140,9 @@ def report(records: list[dict]):
 
 # ---------------------------------------------------------------- judges on this machine
 
-def by_reward(judge: RewardModel, pairs: list[dict], done: list[dict], write, batch: int):
+def by_reward(judge: RewardModel, left: list[Question], write, batch: int):
     """The higher reward wins. The answers are read one by one: there is no order."""
-    had = {record["item"] for record in done}
-    left = [pair for pair in pairs if pair["item"] not in had]
-    for some in in_batches(left, batch, "judging"):
+    for some in in_batches([pair for pair, _ in left], batch, "judging"):
         a, b = (judge([p["query"] for p in some], [p[side] for p in some]).tolist()
                 for side in "ab")
         for pair, ours, theirs in zip(some, a, b):
@@ -148,8 +151,8 @@ def by_reward(judge: RewardModel, pairs: list[dict], done: list[dict], write, ba
 
 
 @torch.no_grad()
-def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict], done: list[dict],
-             write, batch: int):
+def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, left: list[Question], write,
+             batch: int):
     """The judge's turn is started with "Better: ", and the preference is the probability of 1
     against 2 as the next token. Nothing has to be parsed; mass is what these two had together."""
     *start, one = tokenizer.encode("Better: 1")
@@ -157,7 +160,7 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict],
     if start != other_start:
         raise InputError(f"{tokenizer.path}: as a judge it needs a token each for 1 and 2")
     rows = [(tokenizer.chat([{"role": "user", "content": asked(prompt, *question)}]) + start,
-             *question) for question in questions(pairs, done)]
+             *question) for question in left]
     longest = max((len(ids) for ids, _, _ in rows), default=0)
     if longest > judge.config.max_position_embeddings:
         raise InputError(f"a question of {longest} tokens does not fit into the judge's context of "
@@ -257,10 +260,9 @@ def json_object(text: str) -> dict:
     return dict(json.loads(text))
 
 
-def by_endpoint(endpoint: Endpoint, prompt: str, pairs: list[dict], done: list[dict], write,
-                concurrency: int):
-    """Ask what has no verdict yet, `concurrency` at a time. A reply that cannot be parsed has no
-    verdict, and the next command asks again. A server that fails ends the command."""
+def by_endpoint(endpoint: Endpoint, prompt: str, left: list[Question], write, concurrency: int):
+    """Ask a server, `concurrency` questions at a time. A reply that cannot be parsed gives no
+    preference, and the next command asks again. A server that fails ends the command."""
     lock = threading.Lock()
 
     def work(pair, first):
@@ -274,7 +276,7 @@ def by_endpoint(endpoint: Endpoint, prompt: str, pairs: list[dict], done: list[d
 
     with ThreadPoolExecutor(concurrency) as pool:
         try:
-            futures = [pool.submit(work, *question) for question in questions(pairs, done)]
+            futures = [pool.submit(work, *question) for question in left]
             for future in tqdm(as_completed(futures), "judging", len(futures), disable=None):
                 future.result()
         finally:                        # Ctrl-C too: what is under way is still written
