@@ -24,14 +24,7 @@ from model import load_model, read_config
 from plumbing.chat import Tokenizer
 from plumbing.cli import Parser, run_script
 from plumbing.data import check_data, generator
-from plumbing.files import (
-    HERE,
-    InputError,
-    find_model,
-    pick_device,
-    prompt_file,
-    read_prompt,
-)
+from plumbing.files import HERE, InputError, find_model, pick_device, prompt_file, read_prompt
 from plumbing.runs import append_line, read_lines, write_json
 from sample import sample, text_of
 
@@ -138,20 +131,20 @@ def judge(args) -> tuple[dict, int, list]:
         "questions": results.digest([str(pair) for pair in pairs]), "command": command()}
     name = re.sub(r"[^\w.-]+", "_", f"{names[0]}-against-{names[1]}-{who['judge']}.jsonl")
     out = Path(args.out) if args.out else Path(args.outputs[0]).with_name(name)
-    done = results.resume(out, header)
+    left = judges.questions(pairs, [None] if scalar else "ab", results.resume(out, header))
     print(f"verdicts: {out}")
     write = lambda record: append_line(out, record)
     device, dtype = pick_device(args.device)
     if remote:
         endpoint = judges.Endpoint(args.judge, args.judge_model, max_tokens=args.judge_tokens,
                                    seconds=args.timeout, fields=args.judge_fields)
-        judges.by_endpoint(endpoint, prompt, pairs, done, write, args.concurrency)
+        judges.by_endpoint(endpoint, prompt, left, write, args.concurrency)
     elif scalar:
         model = rewards.RewardModel(path, device=device, dtype=dtype)
-        judges.by_reward(model, pairs, done, write, args.batch)
+        judges.by_reward(model, left, write, args.batch)
     else:
         model = load_model(path, device=device, dtype=dtype)
-        judges.by_llama(model, Tokenizer(path), prompt, pairs, done, write, args.batch)
+        judges.by_llama(model, Tokenizer(path), prompt, left, write, args.batch)
     records = read_lines(out)[1:]
     judges.report(records)
     return who, len(pairs), list(results.item_values(header, records).values())
@@ -243,7 +236,7 @@ def make_parser() -> Parser:
     new = add("show", show, "a page to watch the games of one run or two")
     new("runs", nargs="+", help="one run folder, or two to stand side by side")
     new("--out", default="game.html", help="the page: one file without a network")
-    new = add("reference", lambda args: grade.run_references(args.file),
+    new = add("reference", lambda args: benchmarks.run_references(args.file),
               "run HumanEval's or MBPP's reference solutions")
     new("file", help="the data set, a JSON list or JSON lines")
     new = add("compare", lambda args: results.compare(args.base, args.runs),

@@ -3,6 +3,8 @@
 gsm8k and tiny by exact match of numbers, math by the values of what is boxed (math-verify),
 humaneval and mbpp by running their tests (grade.py).
 """
+from collections import Counter
+
 from evals import grade
 from plumbing.chat import fill
 from plumbing.data import query_of, read_entries
@@ -13,6 +15,7 @@ from tiny import world as tiny_world
 # Fields that a problem must have, and new tokens for an answer.
 FIELDS = {
     "alpaca_eval": ("instruction",),               # nothing is right there: eval.py generate
+    "outputs": ("instruction", "output"),          # what it writes: eval.py winrate
     "gsm8k": ("question", "answer"),
     "math": ("problem", "answer"),                 # or a solution that boxes the answer
     "humaneval": ("prompt", "test", "entry_point"),
@@ -33,7 +36,7 @@ def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[
                  "subset": tiny_world.classify(q), "problem": None} for q in queries], None
     if path is None:
         raise InputError(f"{name} needs --prompts FILE (docs/MANUAL.md says where it comes from)")
-    bare = name == "alpaca_eval"
+    bare = name in ("alpaca_eval", "outputs")
     prompt = "{problem}" if bare else read_prompt(HERE / "prompts" / f"{name}.txt")
     problems = []
     for where, entry in read_entries(path)[:limit]:
@@ -45,15 +48,15 @@ def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[
         missing = [key for key in FIELDS[name]
                    if not is_text(entry.get(key), listed=key == "test_list")]
         if missing:
-            raise InputError(f"{path}, {where}: no text in {', '.join(missing)}: not {name}")
+            raise InputError(f"{path}, {where}: no text in {', '.join(missing)} ({name})")
         if name == "gsm8k" and final_number(entry["answer"]) is None:
-            raise InputError(f"{path}, {where}: no number in answer: not {name}")
+            raise InputError(f"{path}, {where}: no number in answer ({name})")
         query = fill(prompt, problem=query_of(entry, FIELDS[name][0]),
                      tests="\n".join(entry.get("test_list", [])))
         problems.append({"query": query, "gold": entry.get("answer"), "problem": entry,
                          "subset": entry.get("subject")})
     if not problems:
-        raise InputError(f"{path}: no problems in it")
+        raise InputError(f"{path}: nothing in it")
     return problems, prompt
 
 
@@ -89,6 +92,20 @@ def is_right(name: str, problem: dict, answer: str, *, cut: bool) -> tuple[bool,
                              "goes on from here")
         return right, why
     return right, "equal" if right else "not equal"
+
+
+def run_references(file: str):
+    """Run a file's reference solutions: where they pass, the sandbox is no hindrance to answers."""
+    print(grade.isolation())
+    humaneval = any("entry_point" in str(entry) for _, entry in read_entries(file))
+    name, solution = ("humaneval", "canonical_solution") if humaneval else ("mbpp", "code")
+    problems, ended = read_problems(name, file, None)[0], Counter()
+    for problem in problems:
+        passed, reason = is_right(name, problem, problem["problem"].get(solution, ""), cut=False)
+        ended[reason] += 1
+        if not passed:
+            print(f"{problem['problem']['task_id']}: {reason}")
+    print(f"{ended['passed']} of {len(problems)} reference solutions pass")
 
 
 def scores(records: list[dict], samples: int) -> dict[str, list[float]]:

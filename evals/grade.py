@@ -1,7 +1,6 @@
 """Grade programs: HumanEval's and MBPP's answers, by running their tests in a sandbox.
 
     passed, reason = run_program(mbpp_program(problem, answer), seconds=10)
-    run_references("sanitized-mbpp.json")
 """
 import builtins
 import functools
@@ -11,11 +10,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections import Counter
 from math import comb
 from pathlib import Path
 
-from plumbing.data import read_entries
 from plumbing.files import InputError
 
 # ---------------------------------------------------------------- programs
@@ -155,23 +152,3 @@ def run_program(program: dict, *, seconds: float = 10, patience: float = 3,
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that one of k answers passes, drawn from n of which c do: arXiv 2107.03374, Eq. 1."""
     return 1 - comb(n - c, k) / comb(n, k)
-
-
-def run_references(file: str):
-    """Run a file's reference solutions: where they pass, the sandbox is no hindrance to answers."""
-    print(isolation())
-    ended = Counter()
-    for where, problem in read_entries(file):
-        fields = set(problem) if isinstance(problem, dict) else set()
-        if {"prompt", "canonical_solution", "test"} <= fields:
-            program = humaneval_program(problem, problem["canonical_solution"])
-        elif {"code", "test_list"} <= fields:
-            program = mbpp_program(problem, problem["code"])
-        else:
-            raise InputError(f"{file}, {where}: neither a problem of HumanEval nor one of MBPP")
-        passed, reason = run_program(program)
-        ended[reason] += 1
-        if not passed:
-            print(f"{problem['task_id']}: {reason}")
-    print(f"{ended['passed']} of {ended.total()} reference solutions pass")
-

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from evals.benchmarks import read_problems
 from evals.results import in_batches
 from model import Llama
 from plumbing.chat import Tokenizer, fill, without_tags
@@ -38,15 +39,9 @@ RETRIED, UNFIT = (408, 429), (400, 413, 422)    # and 500 to 599; this question,
 def read_outputs(path: str) -> dict[tuple[str, int], dict]:
     """A file of AlpacaEval's format: {(instruction, which of equal ones): its entry}."""
     seen, outputs = Counter(), {}
-    for where, entry in read_entries(path):
-        fields = entry if isinstance(entry, dict) else {}
-        query, output = fields.get("instruction"), fields.get("output")
-        if not isinstance(query, str) or not isinstance(output, str):
-            raise InputError(f"{path}, {where}: expected an object with instruction and output")
-        seen[query] += 1
-        outputs[query, seen[query]] = entry
-    if not outputs:
-        raise InputError(f"{path}: no outputs in it")
+    for entry in (problem["problem"] for problem in read_problems("outputs", path, None)[0]):
+        seen[entry["instruction"]] += 1
+        outputs[entry["instruction"], seen[entry["instruction"]]] = entry
     return outputs
 
 
@@ -91,10 +86,15 @@ def read_annotations(path: str, name: str | None = None) -> list[tuple[float | N
     return found[name]
 
 
-def questions(pairs: list[dict], done: list[dict]) -> list[tuple[dict, str]]:
-    """(pair, "a" or "b": which answer is shown first) for both orders that have no verdict yet."""
+# A question: a pair, and which answer is shown first, "a" or "b" (None: each is read alone).
+Question = tuple[dict, str | None]
+
+
+def questions(pairs: list[dict], orders, done: list[dict]) -> list[Question]:
+    """The questions that have no verdict yet. orders: which answers are to be shown first."""
     had = {(r["item"], r["first"]) for r in done if r["preference"] is not None}
-    return [(pair, first) for pair in pairs for first in "ab" if (pair["item"], first) not in had]
+    return [(pair, first) for pair in pairs for first in orders
+            if (pair["item"], first) not in had]
 
 
 def asked(prompt: str, pair: dict, first: str) -> str:
@@ -140,11 +140,9 @@ def report(records: list[dict]):
 
 # ---------------------------------------------------------------- judges on this machine
 
-def by_reward(judge: RewardModel, pairs: list[dict], done: list[dict], write, batch: int):
+def by_reward(judge: RewardModel, left: list[Question], write, batch: int):
     """The higher reward wins. The answers are read one by one: there is no order."""
-    had = {record["item"] for record in done}
-    left = [pair for pair in pairs if pair["item"] not in had]
-    for some in in_batches(left, batch, "judging"):
+    for some in in_batches([pair for pair, _ in left], batch, "judging"):
         a, b = (judge([p["query"] for p in some], [p[side] for p in some]).tolist()
                 for side in "ab")
         for pair, ours, theirs in zip(some, a, b):
@@ -153,8 +151,8 @@ def by_reward(judge: RewardModel, pairs: list[dict], done: list[dict], write, ba
 
 
 @torch.no_grad()
-def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict], done: list[dict],
-             write, batch: int):
+def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, left: list[Question], write,
+             batch: int):
     """The judge's turn is started with "Better: ", and the preference is the probability of 1
     against 2 as the next token. Nothing has to be parsed; mass is what these two had together."""
     *start, one = tokenizer.encode("Better: 1")
@@ -162,7 +160,7 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, pairs: list[dict],
     if start != other_start:
         raise InputError(f"{tokenizer.path}: as a judge it needs a token each for 1 and 2")
     rows = [(tokenizer.chat([{"role": "user", "content": asked(prompt, *question)}]) + start,
-             *question) for question in questions(pairs, done)]
+             *question) for question in left]
     longest = max((len(ids) for ids, _, _ in rows), default=0)
     if longest > judge.config.max_position_embeddings:
         raise InputError(f"a question of {longest} tokens does not fit into the judge's context of "
@@ -186,11 +184,10 @@ class Endpoint:
                  fields: dict | None = None):
         self.key = os.environ.get(KEY, "").strip()
         # A key in the URL would be printed, and one with a line break be shown by the error.
-        if not re.fullmatch(r"https?://(\[[\w:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", url, re.A):
-            raise InputError("--judge: a plain URL as http://localhost:8000/v1 is needed; the key "
-                             f"comes from the environment variable {KEY} alone")
-        if not re.fullmatch(r"[!-~]*", self.key):
-            raise InputError(f"{KEY} holds characters that no key has")
+        plain = re.fullmatch(r"https?://(\[[\w:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", url, re.A)
+        if not plain or not re.fullmatch(r"[!-~]*", self.key):
+            raise InputError("--judge: a plain URL as http://localhost:8000/v1 is needed, and the "
+                             f"key, one word, in the environment variable {KEY} alone")
         suffix = "/chat/completions"
         self.url = url.rstrip("/").removesuffix(suffix) + suffix
         self.seconds, self.stop = seconds, threading.Event()         # set: no more tries
@@ -199,7 +196,7 @@ class Endpoint:
 
     def ask(self, text: str) -> dict:
         """{"reply": the answer to a message, None where the server gave none (filtered)}, or
-        {"refused": why} where the server accepts this message alone not (too long, mostly).
+        {"refused": why} where the server rejects only this message (mostly: it is too long).
 
         InputError where no question can work (wrong key or address), and after TRIES tries.
         """
@@ -263,10 +260,9 @@ def json_object(text: str) -> dict:
     return dict(json.loads(text))
 
 
-def by_endpoint(endpoint: Endpoint, prompt: str, pairs: list[dict], done: list[dict], write,
-                concurrency: int):
-    """Ask what has no verdict yet, `concurrency` at a time. A reply that cannot be parsed has no
-    verdict, and the next command asks again. A server that fails ends the command."""
+def by_endpoint(endpoint: Endpoint, prompt: str, left: list[Question], write, concurrency: int):
+    """Ask a server, `concurrency` questions at a time. A reply that cannot be parsed gives no
+    preference, and the next command asks again. A server that fails ends the command."""
     lock = threading.Lock()
 
     def work(pair, first):
@@ -280,7 +276,7 @@ def by_endpoint(endpoint: Endpoint, prompt: str, pairs: list[dict], done: list[d
 
     with ThreadPoolExecutor(concurrency) as pool:
         try:
-            futures = [pool.submit(work, *question) for question in questions(pairs, done)]
+            futures = [pool.submit(work, *question) for question in left]
             for future in tqdm(as_completed(futures), "judging", len(futures), disable=None):
                 future.result()
         finally:                        # Ctrl-C too: what is under way is still written

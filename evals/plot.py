@@ -7,7 +7,10 @@ curves.png, curves-2.png, ...
 """
 import re
 import textwrap
+from functools import reduce
 from pathlib import Path
+
+import numpy as np
 
 from evals.results import interval, mean_error, read_results
 from plumbing.files import InputError, read_json
@@ -44,15 +47,9 @@ PANELS = [
 
 def series(records: list[dict], *keys: str) -> tuple[list, list]:
     """Steps and values of a nested entry, where there is one."""
-    steps, values = [], []
-    for record in records:
-        value = record
-        for key in keys:
-            value = (value or {}).get(key)
-        if value is not None:
-            steps.append(record["step"])
-            values.append(value)
-    return steps, values
+    entry = lambda record: reduce(lambda value, key: (value or {}).get(key), keys, record)
+    found = [(record["step"], entry(record)) for record in records if entry(record) is not None]
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def smooth(values: list[float], width: int = 9) -> list[float]:
@@ -82,12 +79,14 @@ def save(figure, out: str):
 
 def plot(paths: list[str], out: str):
     """Curves of run folders; bars where the paths are result files or folders with some."""
-    runs = {(Path(path) / "metrics.jsonl").exists() or (Path(path) / "eval.jsonl").exists()
-            for path in paths}
-    if len(runs) > 1:
+    runs = [path for path in paths
+            if any((Path(path) / f"{kind}.jsonl").exists() for kind in ("metrics", "eval"))]
+    if runs and runs != paths:
         raise InputError("plot draws run folders as curves, or result files as bars, not both")
-    draw = curves if True in runs else bars
-    draw(paths, out)
+    if runs:
+        curves(paths, out)
+    else:
+        bars(paths, out)
 
 
 def curves(folders: list[str], out: str):
@@ -165,22 +164,22 @@ def bars(paths: list[str], out: str):
                     groups.setdefault(group, {}).setdefault(name, []).append(value)
     size = (4 + 1.4 * len(groups) * len(sides) ** 0.5, 5)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
-    width, legend = 0.8 / len(sides), {}
+    width = 0.8 / len(sides)
     for number, name in enumerate(sides):
-        for i, values in enumerate(group.get(name) for group in groups.values()):
-            if values:
-                at = i + (number - (len(sides) - 1) / 2) * width
-                mean, low, high = (100 * x for x in (mean_error(values)[0], *interval(values)))
-                legend[name] = axis.bar(at, mean, width, yerr=[[mean - low], [high - mean]],
-                                        capsize=3, color=OTHERS[number % len(OTHERS)])
-                axis.text(at, high + 1, f"{mean:.1f}", ha="center", fontsize=12)
+        here = [(i, group[name]) for i, group in enumerate(groups.values()) if name in group]
+        places = [i + (number - (len(sides) - 1) / 2) * width for i, _ in here]
+        means = 100 * np.array([mean_error(values)[0] for _, values in here])
+        ends = 100 * np.array([interval(values) for _, values in here]).T        # (2, bars)
+        axis.bar(places, means, width, yerr=abs(ends - means), capsize=3, label=name,
+                 color=OTHERS[number % len(OTHERS)])
+        for place, mean, high in zip(places, means, ends[1]):
+            axis.text(place, high + 1, f"{mean:.1f}", ha="center", fontsize=12)
     axis.set_xticks(range(len(groups)), [textwrap.fill(label, 16) for label in groups])
-    axis.set_xlabel("measure")
-    axis.set_ylabel("per cent, 95 % interval")
+    axis.set(xlabel="measure", ylabel="per cent, 95 % interval")
     if any(label.startswith("win-rate") for label in labels):
         axis.axhline(50, color="black", linewidth=0.8, linestyle="--")       # neither is preferred
     axis.margins(y=0.15)
     axis.set_ylim(bottom=0)
-    figure.legend(legend.values(), legend, loc="outside right upper")
+    figure.legend(loc="outside right upper")
     save(figure, out)
     print(f"{out}: {len(groups)} groups of bars, {len(sides)} bars each")

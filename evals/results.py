@@ -115,10 +115,9 @@ def paired(base: list[float], run: list[float]) -> tuple[float, float, float]:
 
 def mcnemar(base: list[float], run: list[float]) -> float:
     """Exact two-sided p-value that as many items turned right as turned wrong only by chance."""
-    lost = sum(b > r for b, r in zip(base, run))
-    won = sum(r > b for b, r in zip(base, run))
-    total = lost + won
-    tail = sum(math.comb(total, k) for k in range(min(lost, won) + 1)) / 2 ** total
+    changed = [r > b for b, r in zip(base, run) if b != r]
+    lost, total = changed.count(False), len(changed)
+    tail = sum(math.comb(total, k) for k in range(min(lost, total - lost) + 1)) / 2 ** total
     return min(1.0, 2 * tail)
 
 

@@ -250,7 +250,7 @@ def test_without_math_verify_no_answer_is_begun(monkeypatch, capsys, tmp_path):
     (["generate", "--prompts", "list.json", "--out", "o.json"], "list.json, entry 1: no text"),
     (["generate", "--prompts", "none.json", "--out", "o.json"], "none.json"),
     (["generate", "--prompts", "gap.json", "--out", "o.json"], "gap.json, entry 2: no text"),
-    (["generate", "--prompts", "none.jsonl", "--out", "o.json"], "none.jsonl: no problems"),
+    (["generate", "--prompts", "none.jsonl", "--out", "o.json"], "none.jsonl: nothing in it"),
     (["generate", "--prompts", "long.json", "--out", "o.json"], "model's context"),
     (["benchmark", "tiny", "--samples", "2", "--out", "o.jsonl"], "--samples 2"),
     (["benchmark", "tiny", "--limit", "0", "--out", "o.jsonl"], "--limit must be at least 1"),

@@ -156,12 +156,14 @@ def test_answers_are_paired_by_instruction_whatever_their_order(tmp_path):
         ("x", "x1", "x1'"), ("y", "y1", "y'"), ("x", "x2", "x2'")]
 
 
-def test_both_orders_are_asked_and_a_judge_that_favours_a_place_says_nothing(
+def test_both_orders_are_asked_and_a_judge_that_favours_a_place_is_named(
         serve, monkeypatch, capsys, tmp_path):
     server = serve(lambda question, number: (200, {}, completion("Better: 1"), 0))
     figures = winrate(monkeypatch, capsys, *write_outputs(tmp_path), "--judge", server.url,
                       "--judge-model", "first")
     assert figures["win_rate"] == 50 and figures["standard_error"] == 0 and figures["n"] == 6
+    assert ("agree on 0 of 6 pairs; the answer shown first is preferred in 100%: this judge goes by "
+            "the place") in figures["said"]
     shown = [sent["messages"][0]["content"] for _, _, sent in server.requests]
     assert len(set(shown)) == len(shown) == 12
     pair = {"query": "question 1", "a": "short", "b": "between"}
@@ -297,13 +299,7 @@ def test_a_reply_that_cannot_be_parsed_is_counted_shown_and_asked_again(
     assert winrate(monkeypatch, capsys, *command)["n"] == 6 and len(server.requests) == 24
 
 
-def test_the_agreement_of_the_two_orders_is_reported_and_a_judge_of_places_is_named(
-        serve, monkeypatch, capsys, tmp_path):
-    server = serve(lambda q, number: (200, {}, completion("Better: 1"), 0))
-    said = winrate(monkeypatch, capsys, *write_outputs(tmp_path), "--judge", server.url,
-                   "--judge-model", "m")["said"]
-    assert "the two orders agree on 0 of 6 pairs; the answer shown first is preferred in 10" in said
-    assert "this judge goes by the place" in said
+def test_the_agreement_of_the_two_orders_is_reported(capsys):
     judges.report([{"item": 0, "first": x, "preference": 1} for x in "ab"])
     out = capsys.readouterr().out
     assert "agree on 1 of 1 pairs" in out and "preferred in 50%" in out and "place" not in out
@@ -423,7 +419,7 @@ def test_a_reward_that_is_no_number_is_a_failed_verdict():
     verdicts, rewards = [], iter(([1.0, float("nan"), 2.0], [1.0, 1.0, float("nan")]))
     pairs = [{"item": i, "query": "q", "subset": None, "a": "", "b": ""} for i in range(3)]
     judge = lambda queries, answers: torch.tensor(next(rewards))
-    judges.by_reward(judge, pairs, [], verdicts.append, 3)
+    judges.by_reward(judge, [(pair, None) for pair in pairs], verdicts.append, 3)
     assert [v["preference"] for v in verdicts] == [1.5, None, None]
 
 
@@ -464,8 +460,8 @@ def test_a_question_longer_than_the_judges_context_is_said_before_any_is_asked(
     (["a.json", "b.json"], "--judge"), (["a.json", "b.json", "--annotations", "c"], "or --annot"),
     (["a.json", "b.json", "--judge", "http://localhost:1/v1"], "--judge-model"),
     (["a.json", "b.json", "--judge", "nowhere"], "no such directory"),
-    (["a.json", "empty.json", "--judge", "tiny"], "empty.json: no outputs"),
-    (["a.json", "bad.json", "--judge", "tiny"], "bad.json, entry 1: expected"),
+    (["a.json", "empty.json", "--judge", "tiny"], "empty.json: nothing in it"),
+    (["a.json", "bad.json", "--judge", "tiny"], "bad.json, entry 1: no text in instruction"),
     (["a.json", "other.json", "--judge", "tiny"], "share no instruction")])
 def test_bad_input_is_named(monkeypatch, capsys, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)

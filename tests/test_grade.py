@@ -3,7 +3,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -13,9 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
-from evals import grade
+from evals import benchmarks, grade
 from plumbing.files import InputError
 
 
@@ -87,20 +85,14 @@ def test_mbpp_answers_meet_each_of_their_tests():
     (MBPP | {"code": "def turn(word): return None"}, "1: failed\n0 of 1 reference solutions pass")])
 def test_the_reference_solutions_of_a_file_are_run(problem, line, tmp_path, capsys):
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
-    grade.run_references(str(tmp_path / "problems.jsonl"))
+    benchmarks.run_references(str(tmp_path / "problems.jsonl"))
     assert capsys.readouterr().out == f"{grade.isolation()}\n{line}\n"
 
 
 def test_a_file_of_something_else_is_refused_in_a_line(tmp_path):
     (tmp_path / "problems.json").write_text('[{"question": "1 + 1?"}]')
-    with pytest.raises(InputError, match="problems.json, entry 1: neither"):
-        grade.run_references(str(tmp_path / "problems.json"))
-
-
-@pytest.mark.parametrize("name", ["gsm8k", "math", "humaneval", "mbpp"])
-def test_a_benchmarks_prompt_holds_the_problem_and_nothing_else_to_fill(name):
-    names = re.findall(r"\{(\w+)\}", (ROOT / "prompts" / f"{name}.txt").read_text())
-    assert names == ["problem", "tests"][:1 + (name == "mbpp")]
+    with pytest.raises(InputError, match="problems.json, entry 1: no text"):
+        benchmarks.run_references(str(tmp_path / "problems.json"))
 
 
 # ---------------------------------------------------------------- hostile programs
