@@ -156,17 +156,20 @@ class Replayed:
         return self.model.logits(self.model(self.token, cache=held)[:, -1])
 
 
+@pytest.mark.parametrize("cost", [1, 10**6])         # rows leave when half may go, and never
 @pytest.mark.parametrize("limits", [21, [3, 21, 20, 1, 2, 9, 8, 21, 5, 5, 5, 16]])
 def test_captured_steps_with_late_departures_and_fixed_reach_change_no_result(
-        llama, limits, monkeypatch):
+        llama, limits, cost, monkeypatch):
     expected = completions(llama, PROMPTS, max_new_tokens=limits)
     monkeypatch.setattr(sampling, "uses_graphs", lambda device: True)
     monkeypatch.setattr(sampling, "CapturedStep", Replayed)
     monkeypatch.setattr(sampling, "REACH", 8)
     monkeypatch.setattr(sampling, "STRETCH", 3)
+    monkeypatch.setattr(sampling, "CAPTURE_COST", cost)
     Replayed.made = 0
     assert_same(completions(llama, PROMPTS, max_new_tokens=limits), expected)
-    assert 3 <= Replayed.made < 21                                        # not one for every step
+    # Three for the growing cache, and not one for every step.
+    assert Replayed.made == 3 if cost > 1 else 3 < Replayed.made < 21
 
 
 @pytest.mark.parametrize("V", [37, 128, 1000])

@@ -46,6 +46,7 @@ def cuda(monkeypatch, guard):
         cache.lengths.copy_(start)
     monkeypatch.setattr(sampling.CapturedStep, "__call__", step_again)
     monkeypatch.setattr(sampling.CapturedStep, "__init__", record_only)
+    monkeypatch.setattr(sampling, "CAPTURE_COST", 1)
     sampling.capture_stream.cache_clear()
     yield
     sampling.capture_stream.cache_clear()
@@ -121,6 +122,7 @@ def test_nothing_of_a_call_outlives_it_and_the_old_graph_goes_before_the_next(mo
     monkeypatch.setattr(sampling.CapturedStep, "__init__", watched)
     monkeypatch.setattr(sampling.CapturedStep, "__call__", step_again)
     monkeypatch.setattr(sampling, "REACH", 8)
+    monkeypatch.setattr(sampling, "CAPTURE_COST", 1)
     model = random_llama("untied")
     gc.collect()
     gc.disable()

@@ -222,6 +222,7 @@ def test_no_captured_step_outlives_its_call_and_its_weights_addresses(monkeypatc
             return self.step(token)
     monkeypatch.setattr(sampling, "uses_graphs", lambda device: True)
     monkeypatch.setattr(sampling, "CapturedStep", Captured)
+    monkeypatch.setattr(sampling, "CAPTURE_COST", 1)
     stage, gone = Stage(CPU, torch.float32), random_llama("untied")
     for turn in range(3):
         stage.load(llama)
