@@ -35,7 +35,7 @@ def library(folder: Path) -> Path:
     torch_folder, out = Path(torch.__file__).parent, folder / "guard.so"
     source = Path(__file__).parent / "guard.cpp"
     done = subprocess.run(
-        ["g++", "-shared", "-fPIC", source, "-o", out, "-I", torch_folder / "include",
+        ["g++", "-std=c++20", "-shared", "-fPIC", source, "-o", out, "-I", torch_folder / "include",
          "-L", torch_folder / "lib", "-lc10", f"-Wl,-rpath,{torch_folder / 'lib'}"],
         capture_output=True, text=True)
     if done.returncode:

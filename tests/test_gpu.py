@@ -174,6 +174,7 @@ def test_bfloat16_logits_on_a_gpu_are_not_rounded_to_bfloat16(cuda):
 def test_the_first_checks_of_the_gpu_benchmark_pass_on_the_pretend_gpu(cuda, monkeypatch):
     """bench/parity.py, which a real card sees first."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70e9, 80e9))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
     monkeypatch.setattr(parity, "NEW", 15)
     monkeypatch.setattr(sampling, "REACH", 16)
     args = argparse.Namespace(where=simcuda.CUDA, dtype=torch.float32, vocabulary_size=37)
