@@ -162,8 +162,8 @@ def test_both_orders_are_asked_and_a_judge_that_favours_a_place_is_named(
     figures = winrate(monkeypatch, capsys, *write_outputs(tmp_path), "--judge", server.url,
                       "--judge-model", "first")
     assert figures["win_rate"] == 50 and figures["standard_error"] == 0 and figures["n"] == 6
-    assert ("agree on 0 of 6 pairs; the answer shown first is preferred in 100%: this judge goes by "
-            "the place") in figures["said"]
+    assert "agree on 0 of 6 pairs; the answer shown first is preferred in 100%" in figures["said"]
+    assert "this judge goes by the place" in figures["said"]
     shown = [sent["messages"][0]["content"] for _, _, sent in server.requests]
     assert len(set(shown)) == len(shown) == 12
     pair = {"query": "question 1", "a": "short", "b": "between"}
