@@ -11,6 +11,7 @@ import math
 import os
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -178,7 +179,7 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, left: list[Questio
 
 class Endpoint:
     """Chat completions of an OpenAI-compatible server. fields: further ones of a request, where
-    None leaves one out; seconds: how long the server may be silent."""
+    None leaves one out; seconds: how long a whole reply may take."""
 
     def __init__(self, url: str, model: str, *, max_tokens: int = 1024, seconds: float = 120,
                  fields: dict | None = None):
@@ -229,8 +230,13 @@ class Endpoint:
             response = urllib.request.urlopen(request, timeout=self.seconds)
         except urllib.error.HTTPError as error:
             response = error
+        deadline, read = time.monotonic() + self.seconds, b""
         with response:
-            reply = response.read().decode(errors="replace")
+            while piece := response.read1(2**16):
+                read += piece
+                if time.monotonic() > deadline:              # a server may send byte by byte
+                    raise TimeoutError(f"no whole reply in {self.seconds:g} s")
+        reply = read.decode(errors="replace")
         # A key of few letters is a local server's stand-in.
         return response.code, reply.replace(self.key, "[key]") if len(self.key) >= 8 else reply
 

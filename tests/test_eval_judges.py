@@ -1,4 +1,5 @@
 """Win-rates: pairs, orders, annotations, local judges, and an endpoint that misbehaves."""
+import io
 import json
 import sys
 import threading
@@ -473,3 +474,15 @@ def test_bad_input_is_named(monkeypatch, capsys, tmp_path, arguments, message):
     with pytest.raises(InputError, match=message):
         winrate(monkeypatch, capsys, *arguments)
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_a_reply_that_trickles_is_cut_off(monkeypatch):
+    class Trickle(io.BytesIO):
+        def read1(self, size):
+            time.sleep(0.05)
+            return b"x"
+    monkeypatch.setattr(judges.urllib.request, "urlopen", lambda request, timeout: Trickle())
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match="no whole reply in 0.2 s"):
+        judges.Endpoint("http://localhost", "m", seconds=0.2).send("Hello")
+    assert time.monotonic() - begun < 2
