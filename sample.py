@@ -329,17 +329,18 @@ def main():
     tokenizer = Tokenizer(path)
     model = load_model(path, device=device, dtype=dtype, writes=True)
     say = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    print(f"{args.model}, temperature {args.temperature:g}, seed {args.seed}", file=sys.stderr)
+    how = f"({args.model}, temperature {args.temperature:g}, seed {args.seed})"
 
-    if args.challenger:
-        prompt = read_prompt(args.challenger_prompt or prompt_file(path, "challenger"), fills)
-        prompt = fill(prompt, task=args.task, template=args.template)
-        stream(model, tokenizer, [{"role": "user", "content": prompt}], seed=args.seed, **say)
-        return
     if not args.chat:
-        stream(model, tokenizer, [{"role": "user", "content": args.prompt}], seed=args.seed, **say)
+        prompt = args.prompt
+        if args.challenger:
+            prompt = read_prompt(args.challenger_prompt or prompt_file(path, "challenger"), fills)
+            prompt = fill(prompt, task=args.task, template=args.template)
+        stream(model, tokenizer, [{"role": "user", "content": prompt}], seed=args.seed, **say)
+        print(how, file=sys.stderr)
         return
     messages = []
+    print(how, file=sys.stderr)
     while True:
         try:
             messages.append({"role": "user", "content": input("> ")})

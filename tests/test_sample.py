@@ -157,7 +157,7 @@ def test_the_script_answers_chats_and_plays_the_challenger(tmp_path, monkeypatch
     write_checkpoint(tmp_path / "m", "untied", max_position_embeddings=8192)
     common = ["--model", tmp_path / "m", "--max-new-tokens", "5", "--device", "cpu", "--seed", "1"]
     answer = run(*common, "Hello")
-    assert answer.returncode == 0 and answer.stderr.endswith("/m, temperature 1, seed 1\n")
+    assert answer.returncode == 0 and answer.stderr.endswith("/m, temperature 1, seed 1)\n")
     again = said(monkeypatch, capsys, *common, "Hello")
     assert answer.stdout.strip() and answer.stdout == again
     chat = said(monkeypatch, capsys, *common, "--chat", text="Hello\nAnd then?\n")

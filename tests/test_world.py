@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from checkpoints import write_checkpoint
 
 import rewards
 import train
@@ -286,6 +287,9 @@ def test_watch_shows_a_round_of_the_embedded_game(capsys):
     assert text.count("query ") == 16 and "What is" in text and "5 * R + R_Q" in text
 
 
-def test_prompt_mixes_belong_to_the_embedded_world():
-    with pytest.raises(InputError, match="embedded world"):
-        resolve({"algo": "grpo", "prompts": "easy", "reward": "exact"})
+def test_prompt_mixes_belong_to_the_embedded_world(tmp_path):
+    write_checkpoint(tmp_path / "m", "untied")
+    s, _ = resolve({"model": str(tmp_path / "m"), "algo": "grpo", "prompts": "easy",
+                    "reward": "exact", "answer_tokens": 8})
+    with pytest.raises(InputError, match="easy: No such file"):
+        train.set_up(s)
