@@ -238,7 +238,7 @@ def game_section(args) -> dict:
     whole, resumed = folder / "whole", folder / "resumed"
     memory = ["--gpu-memory", "20"] if on_gpu(args) else []
     train("--device", args.device, "--steps", "8", "--save-every", "5", "--keep", "0",
-          "--eval-every", "1000", *memory, "--out", str(whole))
+          "--queries", "8", "--eval-every", "1000", *memory, "--out", str(whole))
     shutil.copytree(whole, resumed, symlinks=True)
     shutil.rmtree(resumed / "checkpoint-000008")
     (resumed / "checkpoint").unlink()

@@ -1,9 +1,6 @@
 """The benchmarks run in their smallest form, pair by pair; the slope finds what it looks for."""
 import json
-import os
-import subprocess
 import sys
-import types
 from argparse import Namespace
 
 import pytest
@@ -15,7 +12,6 @@ sys.path.append(str(ROOT / "bench"))             # last: its memory.py must not 
 import measure  # noqa: E402
 import parity  # noqa: E402
 
-import train  # noqa: E402
 from bench import gpu  # noqa: E402
 from bench import memory as bench_memory  # noqa: E402
 from plumbing.cli import run_script  # noqa: E402
@@ -30,18 +26,22 @@ COMMANDS = {
 }
 
 
-def test_each_benchmark_runs_in_its_smallest_form(tmp_path):
-    """In one process, so that the peers' libraries are imported once."""
-    out = tmp_path / "results" / "all.jsonl"
-    program = "import json, runpy, sys\nfor sys.argv in json.loads(sys.argv[1]): " \
-              "runpy.run_path(sys.argv[0], run_name='__main__')"
-    commands = [[str(ROOT / f"bench/{name}.py"), *SMALLEST, *flags, "--out", str(out)]
-                for name, flags in COMMANDS.items()]
-    done = subprocess.run([sys.executable, "-c", program, json.dumps(commands)],
-                          capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT / "bench")})
-    assert done.returncode == 0, done.stderr
-    sampler, step, memory = map(json.loads, out.read_text().splitlines())
+# In one process, so that the peers' libraries are imported once.
+PROGRAM = """import json, runpy, sys
+sys.path.insert(0, sys.argv[2])
+for sys.argv in json.loads(sys.argv[1]):
+    runpy.run_path(sys.argv[0], run_name='__main__')
+    print('next:')
+"""
+COMMANDS = json.dumps([[str(ROOT / f"bench/{name}.py"), *SMALLEST, *flags]
+                       for name, flags in COMMANDS.items()])
+
+
+@pytest.mark.beside("-c", PROGRAM, COMMANDS, str(ROOT / "bench"))
+def test_each_benchmark_runs_in_its_smallest_form(finished):
+    assert finished.returncode == 0, finished.stderr
+    printed = finished.stdout.split("next:\n")[:3]
+    sampler, step, memory = (json.loads(text.strip().split("\n")[-1]) for text in printed)
     assert [row["workload"] for row in sampler["rows"]] == ["4 x 8, 5 + 7"] * 2 + [
         "4 x 8, 5 + 1..7"] * 2
     assert [row["side"] for row in step["rows"]] == [
@@ -51,7 +51,7 @@ def test_each_benchmark_runs_in_its_smallest_form(tmp_path):
         assert "skipped" in row or row["tokens_per_second"] > 0
         assert "skipped" in row or row["side"] == "ours" or len(row["time_ratios"]) == 1
     assert [p["tokens"] for p in memory["slopes"][0]["points"]] == [64, 128]
-    assert "skipped" in done.stdout or done.stdout.count("| trl ") == 1
+    assert "skipped" in finished.stdout or finished.stdout.count("| trl ") == 1
 
 
 def test_ratios_are_taken_pair_by_pair_and_a_missing_peer_is_named(monkeypatch):
@@ -106,20 +106,12 @@ def rows_of_gpu(monkeypatch, tmp_path, *flags) -> dict[str, list[dict]]:
     return rows
 
 
-def train_here(command, **_):
-    """train.py in this process, in place of one of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command[1:])
-        train.main()
-    return types.SimpleNamespace(returncode=0)
-
-
-def test_the_gpu_benchmark_runs_all_sections_on_a_small_shape(monkeypatch, tmp_path, few_held_out):
-    run = subprocess.run
-    monkeypatch.setattr(parity.subprocess, "run", lambda command, **how: (
-        train_here if "train.py" in command[1] else run)(command, **how))
-    monkeypatch.setattr(parity, "NEW", 24)
-    rows = rows_of_gpu(monkeypatch, tmp_path)
+@pytest.mark.beside(str(ROOT / "bench/gpu.py"), *SMALL[1:])
+def test_the_gpu_benchmark_runs_all_sections_on_a_small_shape(finished):
+    assert finished.returncode == 0, finished.stderr
+    rows = {}
+    for row in map(json.loads, finished.stdout.splitlines()):
+        rows.setdefault(row["section"], []).append(row)
     assert list(rows) == ["bounds", *gpu.SECTIONS]
     assert not any("failed" in row for section in rows.values() for row in section)
     found = {row["check"]: row for row in rows["parity"]}
