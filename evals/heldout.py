@@ -6,10 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import rewards
 import rlpt
+from evals.results import in_batches
 from plumbing import log, ranks
 from plumbing.data import generator
 from plumbing.runs import read_lines
@@ -25,12 +25,10 @@ def greedy(game, queries: list[str], at_once: int) -> tuple[list[str], Tensor]:
 
     def answer(part):
         rows = []
-        for first in tqdm(range(0, len(part), at_once), "held-out prompts", unit=f" x {at_once}",
-                          disable=None if at_once < len(part) else True):
+        for some in in_batches(part, at_once, "held-out prompts"):
             game.phase.stop.check()
-            rows += sample(game.policy, part[first:first + at_once], temperature=0,
-                           max_new_tokens=game.settings.answer_tokens,
-                           stop_ids=game.tokenizer.stop_ids,
+            rows += sample(game.policy, some, max_new_tokens=game.settings.answer_tokens,
+                           temperature=0, stop_ids=game.tokenizer.stop_ids,
                            batch_tokens=game.settings.batch_tokens)
         return rows
     rows = ranks.spread(answer, prompts)

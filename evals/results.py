@@ -53,8 +53,9 @@ def resume(path: Path, header: dict) -> list[dict]:
 
 
 def in_batches(items: list, size: int, what: str) -> Iterator[list]:
-    """Slices of `size` items; a terminal shows a progress bar (disable=None) of the items done."""
-    with tqdm(total=len(items), desc=what, disable=None) as bar:
+    """Slices of `size` items. Where there are several, a terminal shows a progress bar of the items
+    done (disable=None: a file does not)."""
+    with tqdm(total=len(items), desc=what, disable=None if size < len(items) else True) as bar:
         for start in range(0, len(items), size):
             some = items[start:start + size]
             yield some
