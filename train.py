@@ -98,17 +98,23 @@ def ask(game: "Game", step: int, mine: slice) -> Round:
     return Round(queries, [None] * len(rows), None, rows, {}, prompts)
 
 
+def given_round(game: "Game", step: int) -> Round:
+    """--algo sft: the round in which given answers have an advantage of 1. Its gradient is the
+    supervised one (test_an_advantage_of_one_on_given_answers_is_the_supervised_gradient)."""
+    queries, golds, prompts, rows = rlpt.given_answers(game, step)
+    ones = torch.ones(len(queries), 1)                                                   # (N, 1)
+    return Round(queries, golds, None, [], {}, [], prompts, rows, [[a] for a in golds], ones,
+                 learn=ones[:, 0] > 0, A_sol=ones, seconds=game.phase.seconds)
+
+
 def play(game: "Game", step: int) -> Round:
     """Algorithm 1 up to the update. What is random in it depends on the seed and the step alone."""
     s, G, context = game.settings, game.settings.answers, game.policy.config.max_position_embeddings
     mine, answered = ranks.slice_of(s.queries), ranks.slice_of(s.queries, G)
     nonce = str(seeds(s.seed, step, "nonce", 1)[0] % 10**6)    # for a judge's {nonce}
     game.phase.reset()
-    if s.algo == "sft":                # an advantage of 1 on given answers: the supervised gradient
-        queries, golds, prompts, rows = rlpt.given_answers(game, step)
-        ones = torch.ones(s.queries, 1)                                                  # (N, 1)
-        return Round(queries, golds, None, [], {}, [], prompts, rows, [[a] for a in golds], ones,
-                     learn=ones[:, 0] > 0, A_sol=ones, seconds=game.phase.seconds)
+    if s.algo == "sft":
+        return given_round(game, step)
     r = ask(game, step, mine)
     with game.phase("solve", game.policy):         # a ~ pi_Sol(a|q) = pi(a | q as a user turn)
         fitted = fit(game.tokenizer, [(q,) for q in r.queries],
