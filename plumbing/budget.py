@@ -27,7 +27,6 @@ from plumbing.cache import prefill
 from plumbing.config import Config
 from plumbing.files import HERE, InputError, pick_device, read_prompt
 from plumbing.log import wrapped
-from plumbing.memory import BLOCK
 
 CUDA = 0.7e9                 # bytes of CUDA's context, kernels and cuBLAS workspaces
 # What must stay free: a fraction of the memory for the allocator's gaps, and a fraction of what is
@@ -237,10 +236,6 @@ class Plan:
         if s.beta:
             add("reference", "reference", self.referring, *rows)
         add("update", "policy", self.updating, *[(s.checkpointing, *sizes) for sizes in rows])
-        if s.offload:                    # MasterAdamW streams two blocks of three fp32 tensors
-            c, update = self.models["policy"], found["update"]
-            block = 24 * min(BLOCK, c.vocab_size * c.hidden_size)
-            update["activations"] = max(update["activations"], block)
         return found
 
     def checkpoint_bytes(self) -> int:

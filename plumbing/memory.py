@@ -1,14 +1,13 @@
 """What a reader may skip: fp32 master weights beside a bfloat16 policy, and --offload.
 
 --offload, for small cards: masters, moments and frozen models stay in host memory. On the GPU is
-only the model at work in a phase (Stage), and while the policy learns its fp32 gradients; the
-optimiser streams masters and moments through in blocks. Every number is computed by the same kernel
-from the same operands as without. On a CPU the run is the same bit for bit
+only the model at work in a phase (Stage), and while the policy learns its fp32 gradients. AdamW
+then runs on the host: it reads and writes 28 bytes a weight, 90 GB for Llama-3.2-3B, about as long
+as masters and moments would take to the GPU and back. On a CPU the run is the same bit for bit
 (test_an_offloaded_run_is_the_plain_one_bit_for_bit); on a GPU no two runs are: attention's backward
 pass adds in no fixed order.
 """
 import math
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -20,9 +19,7 @@ from torch.optim.adamw import adamw
 from plumbing import ranks
 from plumbing.files import InputError
 
-# Elements of a host buffer (2 GiB in fp32), and of a block on its way through the GPU (268 MB in
-# fp32; two streams with three tensors each: 1.6 GB).
-BUFFER, BLOCK = 2**29, 2**26
+BUFFER = 2**29               # elements of a host buffer: 2 GiB in fp32
 
 
 class MasterAdamW:
@@ -53,8 +50,8 @@ class MasterAdamW:
             # it, in fp32 (test_a_bf16_policy_follows_its_masters_and_gradients_add_up_in_fp32).
             p.grad_dtype = None                # any: by default .grad must have the weight's dtype
             p.register_post_accumulate_grad_hook(widen)
-        zeros = host_buffers if offload else lambda like: [torch.zeros_like(t) for t in like]
-        self.exp_avg, self.exp_avg_sq = zeros(self.masters), zeros(self.masters)
+        self.exp_avg = [torch.zeros_like(master) for master in self.masters]
+        self.exp_avg_sq = [torch.zeros_like(master) for master in self.masters]
 
     @torch.no_grad()
     def step(self, learning_rate: float, clip: float) -> float:
@@ -65,49 +62,18 @@ class MasterAdamW:
         # All parameters have gradients, or none has: no completion was in the loss.
         if self.params[0].grad is not None and math.isfinite(norm):
             self.updates += 1
-            if self.offload:
-                self._stream(learning_rate)
-            else:
-                grads = [p.grad for p in self.params]
-                self._adamw(learning_rate, self.masters, grads, self.exp_avg, self.exp_avg_sq)
-                for p, master in zip(self.params, self.masters) if self.rounded else ():
+            home, count = self.masters[0].device, float(self.updates - 1)
+            before = torch.full((len(self.masters),), count, device=home).unbind()
+            # torch.optim.AdamW's own step, in one kernel a tensor, which raises the count.
+            for p, steps, master, *moments in zip(self.params, before, self.masters, self.exp_avg,
+                                                  self.exp_avg_sq):
+                adamw([master], [p.grad.to(home)], *([m] for m in moments), [], [steps], fused=True,
+                      amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=learning_rate,
+                      weight_decay=self.weight_decay, maximize=False)
+                if p.data_ptr() != master.data_ptr():
                     p.copy_(master)
         self.policy.zero_grad()
         return norm
-
-    def _adamw(self, learning_rate: float, masters, grads, exp_avg, exp_avg_sq):
-        """torch.optim.AdamW's own step, in one kernel; the count of steps is raised in there."""
-        before = torch.full((len(masters),), float(self.updates - 1), device=grads[0].device)
-        adamw(masters, grads, exp_avg, exp_avg_sq, [], list(before.unbind()), fused=True,
-              amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8, lr=learning_rate,
-              weight_decay=self.weight_decay, maximize=False)
-
-    def _stream(self, learning_rate: float):
-        """Block by block: masters and moments in, one AdamW step, and out again.
-
-        Blocks go by turns on two streams, so that one is on its way in while the other computes
-        and goes out. 38.6 GB each way for Llama-3.2-3B, some 2 s at 25 GB/s. AdamW on the host
-        would need as long (28 bytes a weight: 4 s on one core at 23 GB/s) and add in another order
-        than the GPU's kernel. step() has waited for the norm, and with it for the gradients.
-        """
-        device = self.params[0].grad.device
-        on_gpu = device.type == "cuda"
-        streams = cycle([torch.cuda.Stream(), torch.cuda.Stream()] if on_gpu else [None])
-        for p, *held in zip(self.params, self.masters, self.exp_avg, self.exp_avg_sq):
-            whole = (p.data, p.grad, *held)
-            for weights, grad, *parts in zip(*(t.view(-1).split(BLOCK) for t in whole)):
-                with torch.cuda.stream(next(streams)):           # None: the only one there is
-                    block = [torch.empty_like(t, device=device).copy_(t, non_blocking=True)
-                             for t in parts]
-                    self._adamw(learning_rate, [block[0]], [grad], [block[1]], [block[2]])
-                    weights.copy_(block[0], non_blocking=True)
-                    for t, new in zip(parts, block):
-                        t.copy_(new, non_blocking=True)
-        # The gradients stay until here: what is freed while another stream reads it can be given
-        # away, or unmapped (expandable segments). And the host may now read what is in its memory.
-        if on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()     # the streams' blocks would stay theirs
 
     # ------------------------------------------------------------ on disk
 
@@ -172,13 +138,7 @@ class Stage:
 
 
 def to_host(model):
-    """Move a model's weights into page-locked host buffers."""
-    for p, place in zip(model.parameters(), host_buffers([p.data for p in model.parameters()])):
-        p.data = place.copy_(p.data)
-
-
-def host_buffers(like: list[Tensor]) -> list[Tensor]:
-    """Host tensors of zeros of these shapes and dtypes, side by side in few large flat buffers.
+    """Move a model's weights to the host, side by side in few large flat buffers.
 
     Page-locked where there is a GPU: copies are then several times faster and run beside its work.
     PyTorch rounds each such allocation up to a power of two: 254 tensors of their own would take
@@ -186,21 +146,20 @@ def host_buffers(like: list[Tensor]) -> list[Tensor]:
     (test_host_buffers_of_llama_3_2_3b_lose_little).
     """
     groups = []
-    for t in like:
-        if not groups or sum(other.numel() for other in groups[-1]) + t.numel() > BUFFER:
+    for p in model.parameters():
+        if not groups or sum(other.numel() for other in groups[-1]) + p.numel() > BUFFER:
             groups.append([])
-        groups[-1].append(t)
-    places = []
+        groups[-1].append(p)
     for group in groups:
-        counts = [t.numel() for t in group]
+        counts = [p.numel() for p in group]
         try:
-            flat = torch.zeros(sum(counts), dtype=group[0].dtype,
+            flat = torch.empty(sum(counts), dtype=group[0].dtype,
                                pin_memory=torch.cuda.is_available())
         except RuntimeError as error:
             raise InputError("--offload: not enough page-locked host memory: "
                              + str(error).splitlines()[0]) from None
-        places += [part.view(t.shape) for part, t in zip(flat.split(counts), group)]
-    return places
+        for p, place in zip(group, flat.split(counts)):
+            p.data = place.view(p.shape).copy_(p.data)
 
 
 def limit_memory(device: torch.device, gigabytes: float):

@@ -1,7 +1,7 @@
 """--offload: the same run bit for bit, one model at work at a time, and what stays in the host.
 
-Host and device are both this machine's memory here; a model at work is a copy all the same, and so
-is each block of the optimiser's pass: what is not brought back is lost, and tells.
+Host and device are both this machine's memory here; a model at work is a copy all the same: what
+is not brought back is lost, and tells.
 """
 import json
 import shutil
@@ -19,16 +19,15 @@ from model import Llama, parse_config
 from plumbing import log, memory
 from plumbing.files import pick_device
 from plumbing.logprobs import log_probs
-from plumbing.memory import MasterAdamW, Stage, host_buffers
+from plumbing.memory import MasterAdamW, Stage, to_host
 from plumbing.settings import resolve
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Many blocks and buffers, as large models have; blocks of no round size."""
-    monkeypatch.setattr(memory, "BLOCK", 3000)
+def small_buffers(monkeypatch):
+    """Many buffers, as large models have."""
     monkeypatch.setattr(memory, "BUFFER", 12_000)
 
 
@@ -165,8 +164,9 @@ def test_host_buffers_of_llama_3_2_3b_lose_little(monkeypatch):
     monkeypatch.undo()
     with torch.device("meta"):
         llama = Llama(parse_config(measure.config_of(measure.Load("llama-3.2-3b"))))
-        places = [place.untyped_storage() for place in host_buffers([*llama.parameters()])]
-    buffers = {storage._cdata: storage.nbytes() // 4 for storage in places}.values()
+        to_host(llama)
+    storages = [p.untyped_storage() for p in llama.parameters()]
+    buffers = {storage._cdata: storage.nbytes() // 4 for storage in storages}.values()
     counts = [p.numel() for p in llama.parameters()]
     taken = lambda sizes: sum(1 << (4 * n - 1).bit_length() for n in sizes) / (4 * sum(counts))
     assert len(buffers) == 7 and taken(buffers) < 1.025
@@ -174,15 +174,14 @@ def test_host_buffers_of_llama_3_2_3b_lose_little(monkeypatch):
 
 
 def test_host_buffers_overlap_nowhere_and_large_tensors_have_their_own():
-    like = [torch.empty(shape) for shape in [(3, 5), (200, 100), (11_000,), (7,), (985,)]]
-    places = host_buffers(like)
-    for k, place in enumerate(places):
-        place.fill_(k)
-    assert all((place == k).all() and place.shape == t.shape
-               for k, (place, t) in enumerate(zip(places, like)))
-    storages = [place.untyped_storage().data_ptr() for place in places]
+    shapes = [(3, 5), (200, 100), (11_000,), (7,), (985,)]
+    model = torch.nn.ParameterList(torch.full(shape, float(k)) for k, shape in enumerate(shapes, 1))
+    to_host(model)
+    assert all((p == k).all() and p.shape == shape
+               for k, (p, shape) in enumerate(zip(model, shapes), 1))
+    storages = [p.untyped_storage().data_ptr() for p in model]
     assert [storages.index(s) for s in storages] == [0, 1, 2, 2, 2]
-    assert [place.untyped_storage().nbytes() // 4 for place in places[1:3]] == [20_000, 11_992]
+    assert [p.untyped_storage().nbytes() // 4 for p in model[1:3]] == [20_000, 11_992]
 
 
 def test_the_reference_speaks_once_in_its_own_phase(world, monkeypatch):
