@@ -9,7 +9,7 @@ Sampling is from the full distribution softmax(logits / temperature): no top-k, 
 the sampled distribution is the one that train.py differentiates. A prompt's samples share one
 prefill, rows that have finished leave the batch, on a GPU a step is one captured graph, and every
 completion has a random stream of its own: what it says does not depend on its company.
-Shapes: B rows (one per completion) still in the batch, V vocabulary, b tokens of a block.
+Shapes: B rows (one per completion) still in the batch, V vocabulary.
 """
 import math
 import sys
@@ -20,7 +20,6 @@ from functools import cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import Llama, load_model
@@ -232,8 +231,7 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
 
     Inverse of the cumulative distribution: the first token whose cumulative probability exceeds the
     row's uniform number. One number a row, where torch.multinomial draws one for every token of the
-    vocabulary. Found in two steps, the block of tokens and the token in it: adding up V numbers one
-    after the other in float64 would be the dearest part of a small model's step.
+    vocabulary.
     """
     scaled = logits if temperature in (0, 1) else logits / temperature
     p = scaled.softmax(-1)                                                   # (B, V)
@@ -241,27 +239,12 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
         token = logits.argmax(-1, keepdim=True)                              # (B, 1)
     else:
         exact = p.cpu() if p.device.type == "mps" else p                     # MPS has no float64
-        if p.shape[1] % BLOCK:
-            exact = F.pad(exact, (0, -p.shape[1] % BLOCK))
-        blocks = exact.unflatten(1, (-1, BLOCK))                             # (B, V/b, b)
-        sums = blocks.sum(-1).double()                                       # (B, V/b)
-        ends = sums.cumsum(-1)                                               # (B, V/b)
-        # Kept below the sums and not below 0, where rounding would point at a token without any
-        # probability.
-        below = 1 - 2**-50
-        aim = (uniform[:, None] * ends[:, -1:]).minimum(ends[:, -1:] * below)        # (B, 1)
+        ends = exact.cumsum(-1, dtype=torch.float64)                         # (B, V)
+        # Kept below the sum, where rounding would point at a token without any probability.
         # Clamped, since NaN would point beyond the end, which on a GPU ends the process.
-        block = torch.searchsorted(ends, aim, right=True)                    # (B, 1)
-        block = block.clamp(max=ends.shape[1] - 1)
-        ends_in = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)
-        share = 1 - (ends.gather(1, block) - aim) / sums.gather(1, block)    # (B, 1) of the block
-        aim_in = ends_in[:, -1:] * share.clamp(0, below)                     # (B, 1)
-        token = block * BLOCK + torch.searchsorted(ends_in, aim_in, right=True)      # (B, 1)
-        token = token.clamp(max=p.shape[1] - 1).to(p.device)
+        aim = (uniform[:, None] * ends[:, -1:]).minimum(ends[:, -1:] * (1 - 2**-50))     # (B, 1)
+        token = torch.searchsorted(ends, aim, right=True).clamp(max=p.shape[1] - 1).to(p.device)
     return token[:, 0], p.gather(-1, token)[:, 0].log()
-
-
-BLOCK = 128              # tokens in a block of pick
 
 
 # ---------------------------------------------------------------- command line
