@@ -9,8 +9,8 @@ ASR: predict segment s_i from all before it. MSR: predict the masked s_i from th
 A judge says whether the prediction is, in meaning, how the reference s_i s_i+1 ... begins: reward 1
 or 0 (verdicts). All else is GRPO as train.py plays it on given prompts.
 Departures: a prediction has at least one whole sentence, since any shorter beginning would be right
-too (--min-prediction 0 opens the hole), and so has a target; a text of more than 64 KB is read as
-passages of 32 KB or more, each with a beginning of its own (texts.py).
+too (--min-prediction 0 opens the hole), and so has a target; a text of more than 65,536
+characters is read as passages of half as many or more, each with a beginning of its own (texts.py).
 """
 import re
 import zlib

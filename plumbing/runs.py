@@ -71,13 +71,12 @@ def digest(path: Path) -> list[int]:
         return [file.tell(), crc]
 
 
-def fingerprint(path) -> int:
-    """One number for the contents of a file, or of a model's directory without its folders.
-    texts.Texts computes its own while it reads its files."""
-    if not isinstance(path, Path):
-        return path.crc
-    files = [path] if path.is_file() else sorted(
-        file for file in path.iterdir() if file.suffix in (".json", ".jinja", ".safetensors"))
+def fingerprint(source) -> int:
+    """One number for the contents of a file, of a model's directory without its folders, or of
+    texts.Texts."""
+    files = source.files if not isinstance(source, Path) else [source] if source.is_file() else (
+        sorted(file for file in source.iterdir()
+               if file.suffix in (".json", ".jinja", ".safetensors")))
     return zlib.crc32(json.dumps([[file.name, *digest(file)] for file in files]).encode())
 
 

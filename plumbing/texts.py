@@ -1,4 +1,4 @@
-"""Plain text for rlpt.py: files as passages that are read when they are drawn, texts as segments.
+"""Plain text for rlpt.py: files as passages, and passages as segments.
 
     segments("Dr. Li came at 3.15. She left.")             # ["Dr. Li came at 3.15. ", "She left."]
     texts = Texts("books/")                                # .txt, or JSON lines with `text`
@@ -8,18 +8,15 @@ Rules and short lists of words, no model: deterministic, linear time, every scri
 end with a mark; the words are English, with a few French, German and Spanish ones.
 tests/test_texts.py lists what they get right, and what they do not.
 """
-import json
 import re
-import zlib
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-from plumbing.chat import SURROGATE
-from plumbing.files import InputError
+from plumbing.data import read_entries
+from plumbing.files import InputError, read_small
 
-PASSAGE = 2**15           # bytes: after so many a passage ends at a blank line, or by twice as many
-BLANK = re.compile(rb"\n[ \t\r]*+\n")
+PASSAGE = 2**15           # characters: then a passage ends at a blank line, or by twice as many
+BLANK = re.compile(r"\n[ \t\r]*+\n")
 LONGEST = 1000            # characters of a segment to predict
 
 
@@ -150,28 +147,21 @@ def is_whole(segment: str) -> bool:
 # ---------------------------------------------------------------- texts
 
 class Texts:
-    """The texts of a file or of a folder's .txt and .jsonl files, as passages that are read when
-    they are drawn: one pass, which also checks them, notes where each begins and ends.
+    """The texts of a file or of a folder's .txt and .jsonl files, held in memory as passages.
 
-    In memory: 32 bytes a passage of 32 KB and more, and during the pass the largest .txt file or
-    JSON line. `crc`: one number for all that was read.
-    InputError names the file, and the line that is not UTF-8 or holds no text.
+    InputError names the file, and of JSON lines the line that holds no text.
     """
 
     def __init__(self, path: str, least: int = 0):
-        self.path, self.least, self.crc = Path(path), least, 0
+        self.path, self.least = Path(path), least
         if not self.path.is_dir() and not self.path.is_file():
             raise InputError(f"--text {path}: no such file or folder (a pipe is none, either)")
-        self.places = array("q")           # per passage: file, offset of the JSON line, begin, end
-        try:
-            self.files = [self.path] if self.path.is_file() else sorted(
-                file for file in self.path.rglob("*")
-                if file.suffix in (".txt", ".jsonl") and file.is_file())
-            for n in range(len(self.files)):
-                self.index(n)
-        except OSError as error:
-            raise InputError(f"{error.filename or path}: {error.strerror}") from None
-        if not self.places:
+        self.files = [self.path] if self.path.is_file() else sorted(
+            file for file in self.path.rglob("*")
+            if file.suffix in (".txt", ".jsonl") and file.is_file())
+        self.passages = [passage for file in self.files for text in texts_of(file)
+                         for passage in passages(text)]
+        if not self.passages:
             raise InputError(f"--text {path}: no text in it (of a folder .txt and .jsonl files are "
                              "read)")
 
@@ -179,74 +169,38 @@ class Texts:
         return str(self.path)
 
     def __len__(self) -> int:
-        return len(self.places) // 4
-
-    def index(self, n: int):
-        """Check file n, and note its passages' places."""
-        file, at = self.files[n], 0
-        self.crc = zlib.crc32(str(file.relative_to(self.path)).encode(), self.crc)
-        with open(file, "rb") as data:
-            for number, line in enumerate(data if is_json(file) else [data.read()], 1):
-                self.crc = zlib.crc32(line, self.crc)
-                try:
-                    text = text_of_line(line) if is_json(file) else line
-                    text.decode()
-                except UnicodeDecodeError as error:
-                    number += line.count(b"\n", 0, error.start)
-                    raise InputError(f"{file}, line {number}: not UTF-8 ({error.reason})") from None
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{file}, line {number}: {error}") from None
-                for begin, end in passages(text):
-                    self.places.extend((n, at, begin, end))
-                at += len(line)
+        return len(self.passages)
 
     def read(self, number: int, kind: str) -> tuple[list[str], list[int]]:
         """A passage's segments, and the places of those that an episode of this kind can ask for:
         whole sentences, neither the first, nor, where the next one is shown, the last."""
-        n, at, begin, end = self.places[4 * number:4 * number + 4]
-        with open(self.files[n], "rb") as data:
-            try:
-                if is_json(self.files[n]):
-                    data.seek(at)
-                    text = text_of_line(data.readline())[begin:end].decode()
-                else:
-                    data.seek(begin)
-                    text = data.read(end - begin).decode("utf-8-sig")
-            except ValueError:
-                raise InputError(f"{self.files[n]}: changed since it was first read") from None
-        pieces = segments(text, self.least)
+        pieces = segments(self.passages[number], self.least)
         return pieces, [i for i in range(1, len(pieces) - (kind == "msr"))
                         if is_whole(pieces[i]) and len(pieces[i]) <= LONGEST]
 
 
-def is_json(file: Path) -> bool:
-    return file.suffix in (".jsonl", ".json")
+def texts_of(file: Path) -> list[str]:
+    """A file's texts: the whole of a .txt, `text` of each JSON line."""
+    if file.suffix not in (".jsonl", ".json"):
+        return [read_small(file)]
+    texts = []
+    for where, entry in read_entries(file):
+        text = entry.get("text") if isinstance(entry, dict) else None
+        if not isinstance(text, str):
+            raise InputError(f"{file}, {where}: expected an object with a field text, a string")
+        texts.append(text)
+    return texts
 
 
-def text_of_line(line: bytes) -> bytes:
-    """The text of a JSON line in UTF-8, empty for a blank line; ValueError says what is wrong."""
-    entry = json.loads(line) if line.strip() else {"text": ""}
-    text = entry.get("text") if isinstance(entry, dict) else None
-    if not isinstance(text, str):
-        raise ValueError("expected an object with a field text, a string")
-    if half := SURROGATE.search(text):
-        raise ValueError(f"half a character, {half[0]!r}, in the text")
-    return text.encode()
-
-
-def passages(text: bytes) -> Iterator[tuple[int, int]]:
-    """Where passages of UTF-8 begin and end, each of PASSAGE to 2 * PASSAGE bytes: they end at the
-    first blank line, else at the last line's end, else between two characters."""
+def passages(text: str) -> Iterator[str]:
+    """A text in passages of PASSAGE to 2 * PASSAGE characters: they end at the first blank line,
+    else at the last line's end, else anywhere."""
     begin = 0
     while len(text) - begin > 2 * PASSAGE:
         window = begin + PASSAGE, begin + 2 * PASSAGE
         blank = BLANK.search(text, *window)
-        end = blank.end() if blank else text.rfind(b"\n", *window) + 1
-        if end <= begin:
-            end = window[1]
-            while text[end] & 0xC0 == 0x80:                        # inside a character
-                end -= 1
-        yield begin, end
+        end = blank.end() if blank else text.rfind("\n", *window) + 1 or window[1]
+        yield text[begin:end]
         begin = end
     if text[begin:].strip():
-        yield begin, len(text)
+        yield text[begin:]
