@@ -420,7 +420,6 @@ def play_on(game: Game, optimizer: MasterAdamW, run: runs.Run, state: dict, plan
             save_model(game.policy, folder)
             optimizer.save(folder / "state")
         now = state | {"step": step, "updates": optimizer.updates, "bad_steps": bad_steps}
-        ranks.alike(optimizer.masters)
         ranks.first(lambda: run.save(step, now, write, keep=s.keep))
         saved = step
 

@@ -173,12 +173,3 @@ def add_up(params: list[Tensor]):
     with peers():
         for work in [dist.all_reduce(p.grad, async_op=True) for p in params]:
             work.wait()
-
-
-def alike(weights: list[Tensor]):
-    """Stop the run if a rank's fp32 weights are not rank 0's bit for bit."""
-    if world() > 1:
-        sums = exchange([w.detach().view(torch.int32).sum().item() for w in weights])
-        for number, theirs in enumerate(sums):
-            if theirs != sums[0]:
-                raise RunStopped(f"rank {number} has other weights than rank 0", can_save=False)
