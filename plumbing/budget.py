@@ -108,15 +108,6 @@ def prompt_lengths(s) -> dict[str, int]:
             "shown": shown}
 
 
-def parameters(c: Config) -> int:
-    """How many weights a model has."""
-    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    block = c.hidden_size * (heads + 3 * c.intermediate_size + 2)
-    tables = 1 if c.tie_word_embeddings or c.scalar_head else 2
-    return (c.num_hidden_layers * block + c.vocab_size * c.hidden_size * tables
-            + c.hidden_size * (1 + c.scalar_head))
-
-
 # ---------------------------------------------------------------- the plan
 
 class Plan:
@@ -131,18 +122,23 @@ class Plan:
         self.settings, self.models, self.code = s, models, code
         self.text = text or prompt_lengths(s)
         self.device, self.dtype, self.memory, self.source = machine(s)
-        self.weights = {role: parameters(c) * self.dtype.itemsize for role, c in models.items()}
-        self.count = parameters(models["policy"])
+        self.counts = {role: sum(p.numel() for p in self.meta(role).parameters())
+                       for role in models}                                   # of weights
+        self.weights = {role: n * self.dtype.itemsize for role, n in self.counts.items()}
+        self.count = self.counts["policy"]
         self.measure = cache(self.measure)           # nothing is executed twice
 
     # ------------------------------------------------------------ what is executed
 
+    def meta(self, role: str):
+        """A model of this role on the meta device."""
+        with torch.device("meta"):
+            return self.code.Llama(self.models[role]).to(self.dtype)
+
     def measure(self, role: str, work, *sizes) -> dict[str, int]:
         """Bytes of work(model, *sizes) by part, beside the model's weights: what `work` returns as
         its own, and the rest of the peak as activations."""
-        with torch.device("meta"):
-            model = self.code.Llama(self.models[role]).to(self.dtype)
-        chunks = logprobs.LOGITS_PER_CHUNK
+        model, chunks = self.meta(role), logprobs.LOGITS_PER_CHUNK
         with (patch.dict(chunks, meta=chunks.get(self.device, chunks["cpu"])),
               patch.object(F, "scaled_dot_product_attention", attention), Live(model) as live):
             held = work(model, *sizes) or {}
@@ -332,7 +328,7 @@ class Plan:
 
     def dry_run(self, s) -> int:
         """Print what the run would need; the exit code, 0 where it fits and 3 where it does not."""
-        roles = ", ".join(f"{role} {parameters(c) / 1e9:.2f}" for role, c in self.models.items())
+        roles = ", ".join(f"{role} {n / 1e9:.2f}" for role, n in self.counts.items())
         print(f"{s.model}, {s.algo}, {s.queries} queries x {s.answers} answers, "
               f"{'fp32' if self.dtype == torch.float32 else 'bf16'}; 1e9 parameters: {roles}")
         print(f"--batch-tokens {s.batch_tokens}  --micro-batch-tokens {s.micro_batch_tokens}"
