@@ -42,28 +42,21 @@ def fit(tokenizer: "Tokenizer", rows: list[tuple[str, ...]], messages, limit: in
     """For each row of texts: chat ids of messages(*texts), at most `limit`, the texts in them, and
     whether these were cut.
 
-    Where they do not fit, the last text loses its end, as much as it must; if it is then empty, the
-    one before it loses its own. InputError where even empty texts are too long.
+    Where they do not fit, the last text loses its end, as many tokens as there are too many; if it
+    is then empty, the one before it loses its own. InputError where even empty texts are too long.
     """
     chat = lambda texts: tokenizer.chat(messages(*texts), generation_prompt=generation_prompt)
     fitted = []
     for row in rows:
         texts, ids = list(row), chat(row)
         cut = len(ids) > limit
-        for i in reversed(range(len(texts))):
-            if len(ids) <= limit:
-                break
-            whole, fits, too_long = texts[i], 0, len(texts[i])
-            while too_long - fits > 1:                             # bisection on where to cut
-                middle = (fits + too_long) // 2
-                texts[i] = whole[:middle]
-                good = len(chat(texts)) <= limit
-                fits, too_long = (middle, too_long) if good else (fits, middle)
-            texts[i] = whole[:fits]
+        while len(ids) > limit:
+            last = max((i for i, text in enumerate(texts) if text), default=None)
+            if last is None:
+                raise InputError(f"{tokenizer.path}: the prompt has {len(ids)} tokens before any "
+                                 f"text is filled in, and {limit} fit")
+            texts[last] = tokenizer.without_end(texts[last], len(ids) - limit)
             ids = chat(texts)
-        if len(ids) > limit:
-            raise InputError(f"{tokenizer.path}: the prompt has {len(ids)} tokens before any text "
-                             f"is filled in, and {limit} fit")
         fitted.append((ids, texts, cut))
     return fitted
 
@@ -137,6 +130,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Plain text to ids: no BOS, and a special token's name becomes ordinary tokens."""
         return self._encode(text, special=False).ids
+
+    def without_end(self, text: str, count: int) -> str:
+        """A text without its last `count` tokens."""
+        begins = [begin for begin, _ in self._encode(text, special=False).offsets]
+        return text[:begins[-count]] if count < len(begins) else ""
 
     def _encode(self, text: str, *, special: bool):
         """special: whether special tokens' names become them."""
