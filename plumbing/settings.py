@@ -196,7 +196,7 @@ class Settings:
     @property
     def scored(self) -> bool:
         """Whether answers are scored by --reward."""
-        return self.algo not in ("rlpt", "sft")
+        return self.algo in SCORED
 
     @property
     def reading(self) -> str | None:
@@ -214,28 +214,12 @@ OVER_PRESETS = {"rlpt": {"reward": "verdict"}, "sft": {"answers": 1}}
 GPU = {"checkpointing": True}
 MODELS = {"llama-3.2-1b": {"reward": "skywork-v2-1b"} | GPU, "llama-3.2-3b": GPU}
 CHALLENGED, JUDGED, GIVEN = ("lsp", "lsp-zero"), ("lsp", "rlpt"), ("grpo", "sft")
-# What a model's training.json may set beside numbers and choices: these values of it, or any ().
-PRESETS = {"text": (STORIES,), "reward": (*CHECKS, *NAMES), "task": (), "template": (),
-           "mask_truncated": (), "checkpointing": ()}
-# Flags that name something which only some runs use; given to another run, they are refused.
-# Numbers are not: one command line may serve a sweep over algorithms.
-NEEDS = {
-    "a Challenger: --algo lsp or lsp-zero": (
-        lambda s: s.algo in CHALLENGED,
-        ("task", "tasks", "template", "challenger_prompt", "challenger_reward")),
-    "a judge: --algo lsp or rlpt": (lambda s: s.algo in JUDGED, ("judge",)),
-    "a self-reward: --algo lsp": (
-        lambda s: s.algo == "lsp", ("self_reward", "self_reward_prompt")),
-    "given queries: --algo grpo or sft": (lambda s: s.algo in GIVEN, ("prompts",)),
-    "plain text: --algo rlpt": (lambda s: s.algo == "rlpt", ("text", "verdict", "strict")),
-    "a reward: another --algo than rlpt and sft": (lambda s: s.scored, ("eval_prompts",)),
-    "a reward, or the embedded stories": (
-        lambda s: s.scored or (s.reward, s.text) == ("tiny", STORIES), ("reward",)),
-    "a KL term, --beta above 0, or a judge": (
-        lambda s: s.beta > 0 or s.algo in JUDGED and not s.judge, ("reference",)),
-    "a GPU, or --dry-run": (
-        lambda s: s.dry_run or pick_device(s.device)[0].type == "cuda", ("gpu_memory",)),
-}
+SCORED = ("lsp", "lsp-zero", "grpo")
+# Flags that only these algorithms use; given with another one, they are refused. Numbers are not:
+# one command line may serve a sweep over algorithms.
+ONLY = {CHALLENGED: ("task", "tasks", "template", "challenger_prompt", "challenger_reward"),
+        JUDGED: ("judge",), ("lsp",): ("self_reward", "self_reward_prompt"), GIVEN: ("prompts",),
+        ("rlpt",): ("text", "verdict", "strict"), SCORED: ("reward", "eval_prompts")}
 
 # What --resume may be given beside the folder. FREE changes nothing that is learnt; RETUNE is
 # allowed with a warning: --steps moves the decay's end, the others the last bits of sums. Any other
@@ -276,9 +260,11 @@ def resolve(given: dict) -> tuple[Settings, dict]:
     preset = MODELS.get(name, {}) | read_preset(path)
     algo = given.get("algo", preset.get("algo", Settings.algo))
     s = Settings(**{"model": name} | ALGOS[algo] | preset | OVER_PRESETS.get(algo, {}) | given)
-    for needs, (met, flags) in NEEDS.items():
-        for unused in named & set(flags) if not met(s) else ():
-            raise InputError(f"{flag(unused)} is not used here: it needs {needs}")
+    for algos, flags in ONLY.items():
+        for unused in named & set(flags) if algo not in algos else ():
+            if (unused, s.reward, s.text) != ("reward", "tiny", STORIES):     # an exact verdict
+                raise InputError(f"{flag(unused)} is not used here: it needs --algo "
+                                 + " or ".join(algos))
     if s.algo != "lsp":                                 # nor may a preset's reading be used
         s.self_reward = None
     s.challenger_prompt = s.challenger_prompt or str(prompt_file(path, "challenger"))
@@ -314,12 +300,11 @@ def check_value(name: str, f, value):
 
 def read_preset(folder: Path) -> dict:
     """The settings in a model's training.json. It may be a stranger's: it can set how the game is
-    played, numbers and choices, and no path on this machine."""
+    played, and no path on this machine."""
     file, preset = folder / "training.json", preset_of(folder)
     check_names(file, preset)
     for key, value in preset.items():
-        harmless = KNOWN[key].type in (int, float) or KNOWN[key].metadata["choices"]
-        if not harmless and value not in (PRESETS.get(key, (None,)) or (value,)):
+        if key in PLACES + COMMANDS and value not in (None, STORIES, *CHECKS, *NAMES):
             raise InputError(f"{file}: {key} can be set on the command line alone")
     return preset
 
@@ -372,6 +357,8 @@ def check(s: Settings):
     if s.algo in CHALLENGED and s.reward in NEED_GOLD:
         raise InputError(f"--reward {s.reward} needs gold answers, which a Challenger's query "
                          "lacks: --algo grpo")
+    if s.gpu_memory and not s.dry_run and pick_device(s.device)[0].type != "cuda":
+        raise InputError("--gpu-memory is not used here: it needs a GPU, or --dry-run")
     if s.challenger_reward != "lsp" and s.reward not in CHECKS and ":" not in s.reward:
         raise InputError(f"--challenger-reward {s.challenger_reward} needs rewards between 0 and "
                          f"1, of which it makes a solve rate: --reward {s.reward} is a model")
