@@ -254,24 +254,17 @@ class Llama(nn.Module):
 # ---------------------------------------------------------------- files
 
 def weight_files(path: Path) -> list[Path]:
-    """The model's safetensors: one file, or the shards that an index names
-    (files beside it, nowhere else)."""
-    index, whole = (path / f"model.safetensors{end}" for end in (".index.json", ""))
-    if not index.exists():
-        shards = sorted(path.glob("model-*-of-*.safetensors"))       # without an index: all of them
-        others = {"adapter_config.json": "a LoRA adapter, not a model: merge it into its base "
-                  "with peft's merge_and_unload and save_pretrained",
-                  "pytorch_model*.bin": "no model.safetensors, only pytorch_model.bin, which can "
-                  "run code: convert it with transformers' from_pretrained and save_pretrained"}
-        for name, advice in others.items():
-            if list(path.glob(name)) and not shards and not whole.exists():
-                raise InputError(f"{path}: {advice}")
-        return shards if shards and not whole.exists() else [whole]
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-            isinstance(f, str) and Path(f).name == f for f in shards.values()):
-        raise InputError(f"{index}: weight_map must map tensor names to file names")
-    return [path / file for file in sorted(set(shards.values()))]
+    """The model's safetensors: model.safetensors, or its shards, model-00001-of-00002.safetensors
+    and so on."""
+    files = sorted(path.glob("model*.safetensors"))
+    others = {"adapter_config.json": "a LoRA adapter, not a model: merge it into its base with "
+              "peft's merge_and_unload and save_pretrained",
+              "pytorch_model*.bin": "no model.safetensors, only pytorch_model.bin, which can run "
+              "code: convert it with transformers' from_pretrained and save_pretrained"}
+    for name, advice in others.items():
+        if list(path.glob(name)) and not files:
+            raise InputError(f"{path}: {advice}")
+    return files or [path / "model.safetensors"]
 
 
 def read_config(path) -> Config:

@@ -265,8 +265,8 @@ def use_prompt(folder: Path):
 
 # File: what uses it, and how many of 10,000.
 FILES = {
-    "config.json": (use_model, 2000), "model.safetensors": (use_model, 2000),
-    "model.safetensors.index.json": (use_model, 500), "tokenizer.json": (use_tokenizer, 2000),
+    "config.json": (use_model, 2200), "model.safetensors": (use_model, 2300),
+    "tokenizer.json": (use_tokenizer, 2000),
     "tokenizer_config.json": (use_tokenizer, 1500),
     "generation_config.json": (use_tokenizer, 400), "prompts.jsonl": (use_prompts, 600),
     "prompts/challenger.txt": (use_prompt, 200),
@@ -276,7 +276,7 @@ FILES = {
 
 def model_folder(folder: Path, name: str):
     """A small checkpoint with every kind of file in it."""
-    write_checkpoint(folder, "sharded" if "index" in name else "untied")
+    write_checkpoint(folder, "untied")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     if name == "chat_template.jinja":
         (folder / name).write_text(settings["chat_template"])

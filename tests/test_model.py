@@ -117,7 +117,7 @@ def test_a_product_of_few_rows_is_the_plain_one(monkeypatch, out, width):
 
 def broken(path, kind):
     """Break the checkpoint at `path` and return what the message must name."""
-    weights, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    weights = path / "model.safetensors"
     if kind == "architecture":
         config = json.loads((path / "config.json").read_text()) | {"model_type": "qwen2"}
         (path / "config.json").write_text(json.dumps(config))
@@ -137,9 +137,6 @@ def broken(path, kind):
     if kind == "hostile header":
         weights.write_bytes(struct.pack("<Q", 2**62) + b"{}")
         return "model.safetensors: not readable"
-    if kind == "shard outside":
-        index.write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
-        return "index.json: weight_map"
     from safetensors.torch import load_file, save_file
     tensors = load_file(weights)
     if kind == "missing":
@@ -156,7 +153,7 @@ def broken(path, kind):
 
 @pytest.mark.parametrize("kind", [
     "architecture", "no config", "broken config", "no weights", "truncated", "hostile header",
-    "shard outside", "missing", "surplus", "misshapen"])
+    "missing", "surplus", "misshapen"])
 def test_a_broken_checkpoint_gives_one_line_that_names_the_file_or_tensor(tmp_path, kind):
     write_checkpoint(tmp_path / "m", "untied")
     message = broken(tmp_path / "m", kind)
