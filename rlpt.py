@@ -14,6 +14,7 @@ characters is read as passages of half as many or more, each with a beginning of
 """
 import re
 import zlib
+from bisect import bisect_left
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -93,13 +94,7 @@ def pose(game, kind: str, pieces: list[str], i: int) -> Episode | None:
     def fits(count):
         turn = [{"role": "user", "content": query(count)}]
         return len(game.tokenizer.chat(turn)) <= s.query_tokens
-    kept, over = 0, 1                      # segments that fit, and one more than may be tried
-    while over <= i and fits(over):
-        kept, over = over, 2 * over
-    over = min(over, i + 1)
-    while over - kept > 1:
-        middle = (kept + over) // 2
-        kept, over = (middle, over) if fits(middle) else (kept, middle)
+    kept = bisect_left(range(1, i + 1), True, key=lambda count: not fits(count))     # segments
     if not kept:
         return None
     if (strange := game.tokenizer.unencodable(query(kept))) is not None:

@@ -82,21 +82,17 @@ def ends_sentence(text: str, begin: int, mark: re.Match) -> bool:
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
     """Paragraphs, list items, headings, table rows and fenced code, each with the lines' ends that
-    follow it. A paragraph's own line breaks are blanks; fenced code is kept as it is."""
-    lines = text.splitlines()
-    fences, opened = {}, None                                  # first line -> last line
-    for n, line in enumerate(lines):
-        if FENCE.match(line):
-            if opened is None:
-                opened = n
-            elif not line.strip(" \t`~"):
-                fences[opened], opened = n, None
-    found, going, n = [], False, 0                             # going: a paragraph that is not over
-    while n < len(lines):
-        line, last = " ".join(lines[n].split()), fences.get(n)
-        if last is not None:
-            found.append(["\n".join(lines[n:last + 1]), "\n"])
-            n = last
+    follow it. A paragraph's own line breaks are blanks; fenced code keeps them."""
+    found, going, lines = [], False, iter(text.splitlines())   # going: a paragraph is not over
+    for raw in lines:
+        line = " ".join(raw.split())
+        if FENCE.match(raw):
+            code = [raw]
+            for other in lines:                                # to the next fence, or to the end
+                code.append(other)
+                if FENCE.match(other):
+                    break
+            found.append(["\n".join(code), "\n"])
         elif not line:
             if found:
                 found[-1][-1] = "\n\n"
@@ -104,7 +100,7 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
             found[-1][-1:] = ["" if wide(found[-1][-2][-1]) and wide(line[0]) else " ", line, "\n"]
         else:
             found.append([line, "\n"])
-        going, n = bool(line) and last is None and not ALONE.match(line), n + 1
+        going = bool(line) and not ALONE.match(line)
     for *pieces, gap in found:
         yield "".join(pieces), gap
 

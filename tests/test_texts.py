@@ -51,7 +51,7 @@ SEGMENTED = [
     "Open a.txt or b.tar.gz.‖ Run it.", "Mail a.b@x.org.‖ He answers.", "Yahoo!com is odd.",
     "Call os.path.join(a, b).‖ It returns x.y.", "Use x[1:].copy() now.‖ Done.",
     "Before.‖\n```\nx = 1. Y = 2.\n\nz. A\n```\n‖After.", "~~~ py\na. B\n~~~\n‖After",
-    "```\n‖never closed.‖ It is text.", "Run `a.b()`.‖ Then stop.",
+    "```\nnever closed. It is code.", "Run `a.b()`.‖ Then stop.",
     # lines
     "A line that\nis wrapped.‖ And more\nof it.", "A title\n\n‖A text.‖ It ends.", "One.\n‖Two.",
     "- one\n‖- two.‖ Two more\n‖* three", "1. one\n‖2. two\n‖3) three", "(a) one\n‖(b) two",
@@ -103,7 +103,7 @@ def pieces(text):
 def expected(marked):
     """What stands between the bars, on one line unless it is fenced code."""
     parts = [part.strip() for part in marked.split("‖") if part.strip()]
-    return [part if re.search("\n(```|~~~)", part) else " ".join(part.split()) for part in parts]
+    return [part if re.search("^(```|~~~)", part) else " ".join(part.split()) for part in parts]
 
 
 @pytest.mark.parametrize("marked", SEGMENTED)
