@@ -40,8 +40,8 @@ def parse_config(raw: dict, name: str = "config.json") -> Config:
         value = default if value is None else value
         good = (isinstance(value, (int, float) if kind is float else int)
                 and not isinstance(value, bool))
-        need(good and 0 < value < 1e15,
-             f"{key} must be a positive {kind.__name__}, found {value!r}")
+        need(good and 0 < value < (1e15 if kind is float else 2**23),
+             f"{key} must be a positive {kind.__name__} of a usual size, found {value!r}")
         return kind(value)
 
     names = raw.get("architectures") or ["LlamaForCausalLM"]
@@ -84,8 +84,9 @@ def parse_config(raw: dict, name: str = "config.json") -> Config:
         rope_theta=number(rope if "rope_theta" in rope else raw, "rope_theta", float, 10000.0),
         rope_scaling=scaling, tie_word_embeddings=bool(tied), scalar_head=scalar_head,
         dtype=dtype_name(raw))
-    layers = config.num_hidden_layers
-    need(layers < 1000, f"num_hidden_layers {layers} cannot be meant")
+    layers, width = config.num_hidden_layers, heads * config.head_dim
+    need(layers < 1000 and width < 2**23, f"num_hidden_layers {layers}, and {width} numbers in a "
+         "token's heads, cannot be meant")
     need(heads % config.num_key_value_heads == 0, f"num_attention_heads {heads} is not a multiple "
          f"of num_key_value_heads {config.num_key_value_heads}")
     need(config.head_dim % 2 == 0, f"head_dim must be even, found {config.head_dim}")

@@ -190,7 +190,9 @@ def test_a_message_is_one_line_that_prints_whatever_a_file_holds():
                        "high_freq_factor": 4, "original_max_position_embeddings": 64}},
      "low_freq_factor must be below"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, found 'false'"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 cannot be meant"),
+    ({"num_hidden_layers": 1000}, "num_hidden_layers 1000, and "),
+    ({"hidden_size": 2**31, "intermediate_size": 2**31}, "hidden_size must be a positive int of"),
+    ({"head_dim": 2**22}, "num_hidden_layers 4, and 16777216 numbers"),
     ({"hidden_size": 10**400}, "hidden_size"), ({"num_attention_heads": -1}, "num_attention")])
 def test_a_config_that_nobody_means_is_refused_before_anything_is_allocated(change, message):
     with pytest.raises(InputError, match=message):
