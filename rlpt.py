@@ -50,10 +50,9 @@ def open_texts(game, start: Path):
     if game.world:
         game.texts = game.world.Stories(held=False)
     else:
-        game.texts = game.sources["--text"] = Texts(s.text, s.min_segment)
+        game.texts = Texts(s.text, s.min_segment)
     for kind, places in (("asr", ("context",)), ("msr", ("context", "next"))):
-        file = game.sources[f"prompts/{kind}.txt"] = prompt_file(start, kind)
-        game.episode_prompts[kind] = read_prompt(file, places)
+        game.episode_prompts[kind] = read_prompt(prompt_file(start, kind), places)
     draw_episodes(game, 0)
 
 

@@ -43,7 +43,7 @@ from plumbing.logprobs import log_probs
 from plumbing.memory import MasterAdamW, Stage, learning_rate, limit_memory, to_host
 from plumbing.overlap import near_copies
 from plumbing.phases import Phases, StopRequest
-from plumbing.settings import Settings, input_files, model_paths, resolve, run_name
+from plumbing.settings import Settings, model_paths, resolve, run_name
 from plumbing.texts import Texts
 from sample import Completion, pick, sample, text_of
 from tiny import world as tiny_world
@@ -271,7 +271,6 @@ class Game:
     texts: Texts | None = None             # rlpt: what episodes are made of
     episode_prompts: dict = field(default_factory=dict)    # "asr", "msr": with {context}, {next}
     world: ModuleType | None = None        # the embedded world, where it is played
-    sources: dict[str, Path | Texts] = field(default_factory=dict)     # what was read, by flag
     begun: float = field(default_factory=time.monotonic)
     shown: int = 0                         # steps whose lines are printed
     phase: Phases = field(default_factory=Phases)
@@ -299,7 +298,6 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     embedded = s.text == tiny_world.STORIES if s.algo == "rlpt" else (
         "tiny" in (s.reward, files.preset_of(start).get("reward")))
     game = Game(s, None, tokenizer, world=tiny_world if embedded else None)
-    game.sources = input_files(s) | {f"the {role}": path for role, path in paths.items()}
     if game.world and device.type == "cpu":
         torch.set_num_threads(1)           # matrices this small: threads would wait for each other
     if not s.prompts and s.query_tokens + s.answer_tokens > context:
@@ -321,16 +319,17 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     elif s.algo == "rlpt":
         rlpt.open_texts(game, start)
     else:
+        file = s.challenger_prompt or files.prompt_file(start, "challenger")
         tasks = read_prompt(s.tasks).splitlines() if s.tasks else [s.task]
         game.challenger_prompts = [
-            opening(tokenizer, s.challenger_prompt, s.query_tokens, context, task=task,
-                    template=s.template) for task in tasks if task.strip()]
+            opening(tokenizer, file, s.query_tokens, context, task=task, template=s.template)
+            for task in tasks if task.strip()]
     if s.self_reward or s.verdict and s.reward != "tiny":
-        scale, file = rewards.SELF_REWARD, s.self_reward_prompt
+        file = s.self_reward_prompt or files.prompt_file(start, "self_reward")
+        scale = rewards.SELF_REWARD
         if s.algo == "rlpt":
             scale = rewards.VERDICT
             file = files.prompt_file(judge_path, "verdict_strict" if s.strict else "verdict")
-        game.sources["the judge's prompt"] = Path(file)
         game.judge = rewards.open_judge(
             judge_path, file, scale, reading=s.reading, temperature=s.judge_temperature,
             max_new_tokens=s.judge_tokens, batch_tokens=s.batch_tokens)
@@ -390,7 +389,7 @@ def train(s: Settings, preset: dict, given=()):
     optimizer = MasterAdamW(game.policy, dtype, weight_decay=s.weight_decay, offload=s.offload)
     run = run or ranks.first(lambda: runs.new_run(s, run_name(s), plan.checkpoint_bytes()))
     with run, StopRequest() as game.phase.stop:
-        ranks.first(lambda: run.begin(asdict(s), game.sources))
+        ranks.first(lambda: run.begin(asdict(s)))
         print(log.opening_lines(s, run.folder))
         print(plan.opening(s))
         now = {"torch": torch.__version__, "device": device.type, "ranks": ranks.world()}

@@ -25,7 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from plumbing import logprobs
 from plumbing.cache import prefill
 from plumbing.config import Config
-from plumbing.files import HERE, InputError, pick_device, read_prompt
+from plumbing.files import (
+    HERE,
+    InputError,
+    find_model,
+    pick_device,
+    prompt_file,
+    read_prompt,
+)
 from plumbing.log import wrapped
 
 CUDA = 0.7e9                 # bytes of CUDA's context, kernels and cuBLAS workspaces
@@ -96,11 +103,11 @@ def prompt_lengths(s) -> dict[str, int]:
     """Tokens of the prompt files, estimated from their letters: no tokenizer is loaded. "shown":
     what the judge sees beside its instructions and the answer."""
     count = lambda text: math.ceil(len(text) / LETTERS)
-    own, judge, shown = 0, "", s.query_tokens
+    own, judge, shown, path = 0, "", s.query_tokens, find_model(s.model, weights=False)
     if s.algo in ("lsp", "lsp-zero"):
-        own = TURN + count(read_prompt(s.challenger_prompt))
+        own = TURN + count(read_prompt(s.challenger_prompt or prompt_file(path, "challenger")))
     if s.self_reward:
-        judge = read_prompt(s.self_reward_prompt)
+        judge = read_prompt(s.self_reward_prompt or prompt_file(path, "self_reward"))
     elif s.verdict:
         judge = read_prompt(HERE / "prompts" / f"verdict{'_strict' * s.strict}.txt")
         shown = SEGMENT * (1 if s.strict else s.reference_segments)

@@ -71,15 +71,6 @@ def digest(path: Path) -> list[int]:
         return [file.tell(), crc]
 
 
-def fingerprint(source) -> int:
-    """One number for the contents of a file, of a model's directory without its folders, or of
-    texts.Texts."""
-    files = source.files if not isinstance(source, Path) else [source] if source.is_file() else (
-        sorted(file for file in source.iterdir()
-               if file.suffix in (".json", ".jinja", ".safetensors")))
-    return zlib.crc32(json.dumps([[file.name, *digest(file)] for file in files]).encode())
-
-
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk of a path that may not exist yet."""
     path = path.absolute()
@@ -174,21 +165,10 @@ class Run:
             with self.writing(name):
                 append_line(self.folder / name, *records)
 
-    def begin(self, settings: dict, sources: dict[str, Path]):
-        """Write config.json; when resuming, refuse if what the run began with has changed.
-
-        A path can stay and its contents change: runs/A/checkpoint moves when A goes on.
-        """
-        found = {path: fingerprint(path) for path in set(sources.values())}
-        prints = {flag: found[path] for flag, path in sources.items()}
-        file = self.folder / "config.json"
-        began = read_json(file).get("sources", {}) if file.exists() else {}
-        for flag in began:
-            if began[flag] != prints.get(flag):
-                raise InputError(f"{self.folder}: {sources.get(flag)} ({flag}) is not what the "
-                                 "run began with; resuming would change the run")
-        with self.writing(file.name):
-            write_json(file, settings | {"sources": prints})
+    def begin(self, settings: dict):
+        """Write config.json."""
+        with self.writing("config.json"):
+            write_json(self.folder / "config.json", settings)
 
     # ------------------------------------------------------------ checkpoints
 

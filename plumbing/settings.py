@@ -15,7 +15,6 @@ from plumbing.files import (
     find_model,
     pick_device,
     preset_of,
-    prompt_file,
     read_json,
 )
 
@@ -225,7 +224,7 @@ ONLY = {CHALLENGED: ("task", "tasks", "template", "challenger_prompt", "challeng
 # allowed with a warning: --steps moves the decay's end, the others the last bits of sums. Any other
 # setting would make it another run and is refused.
 FREE = ("eval_every", "save_every", "keep", "max_bad_steps", "offload", "gpu_memory")
-# Where things lie. They may have moved; what they hold may not have changed (Run.begin).
+# Where things lie: on resume they may have moved.
 PLACES = ("model", "reference", "judge", "reward", "prompts", "eval_prompts", "text", "tasks",
           "challenger_prompt", "self_reward_prompt")
 RETUNE = ("steps", "device", "batch_tokens", "micro_batch_tokens", "checkpointing")
@@ -267,14 +266,13 @@ def resolve(given: dict) -> tuple[Settings, dict]:
                                  + " or ".join(algos))
     if s.algo != "lsp":                                 # nor may a preset's reading be used
         s.self_reward = None
-    s.challenger_prompt = s.challenger_prompt or str(prompt_file(path, "challenger"))
-    s.self_reward_prompt = s.self_reward_prompt or str(prompt_file(path, "self_reward"))
     for key in PLACES:               # absolute: --resume may be given elsewhere
         place, colon, function = str(getattr(s, key)).rpartition(":")
         if key == "reward" and colon:
             s.reward = os.path.abspath(place) + colon + function
         elif function not in NAMES and os.path.exists(function):
-            setattr(s, key, os.path.abspath(function))
+            moves_on = Path(function).name == "checkpoint"         # a run's link to its newest one
+            setattr(s, key, (os.path.realpath if moves_on else os.path.abspath)(function))
     check(s)
     return s, preset
 
@@ -312,7 +310,6 @@ def read_preset(folder: Path) -> dict:
 def continued(folder: Path, given: dict) -> dict:
     """Every setting of the run in a folder, with the given ones that may differ (FREE, RETUNE)."""
     stored = read_json(folder / "config.json")
-    stored.pop("sources", None)
     check_names(folder / "config.json", stored)
     stored = asdict(Settings()) | stored                # a run older than a setting lacks it
     changed = {key: value for key, value in given.items()
@@ -325,10 +322,6 @@ def continued(folder: Path, given: dict) -> dict:
         if key in RETUNE:
             print(f"resuming with {flag(key)} {value}, was {stored[key]}: from here on not the run "
                   "that it would have been")
-    if "model" in changed:           # what the model's folder brings has moved with it
-        for key in ("challenger_prompt", "self_reward_prompt"):
-            if Path(stored[key]).is_relative_to(stored["model"]):
-                stored[key] = None
     commands = {key: KNOWN[key].default for key in COMMANDS}
     return stored | changed | commands | {"resume": str(folder), "out": str(folder)}
 
@@ -369,15 +362,6 @@ def run_name(s: Settings) -> str:
     path = Path(s.model)
     name = path.absolute().parent.name if path.name.startswith("checkpoint") else path.name
     return f"{name}-{s.algo}-{s.seed}"
-
-
-def input_files(s: Settings) -> dict[str, Path]:
-    """The files beside models that a run reads, by flag: while it lasts they may not change."""
-    keys = ["prompts", "eval_prompts", "tasks"]
-    keys += ["challenger_prompt"] * (s.algo in CHALLENGED)
-    found = {flag(key): Path(value) for key in keys
-             if (value := getattr(s, key)) and value not in MIXES}
-    return found | ({"--reward": Path(s.reward.rpartition(":")[0])} if ":" in s.reward else {})
 
 
 def model_paths(s: Settings, *, weights: bool = True) -> dict[str, Path]:

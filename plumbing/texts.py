@@ -149,20 +149,17 @@ class Texts:
     """
 
     def __init__(self, path: str, least: int = 0):
-        self.path, self.least = Path(path), least
-        if not self.path.is_dir() and not self.path.is_file():
+        self.least, path = least, Path(path)
+        if not path.is_dir() and not path.is_file():
             raise InputError(f"--text {path}: no such file or folder (a pipe is none, either)")
-        self.files = [self.path] if self.path.is_file() else sorted(
-            file for file in self.path.rglob("*")
+        files = [path] if path.is_file() else sorted(
+            file for file in path.rglob("*")
             if file.suffix in (".txt", ".jsonl") and file.is_file())
-        self.passages = [passage for file in self.files for text in texts_of(file)
+        self.passages = [passage for file in files for text in texts_of(file)
                          for passage in passages(text)]
         if not self.passages:
             raise InputError(f"--text {path}: no text in it (of a folder .txt and .jsonl files are "
                              "read)")
-
-    def __str__(self) -> str:
-        return str(self.path)
 
     def __len__(self) -> int:
         return len(self.passages)

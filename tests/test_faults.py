@@ -129,15 +129,6 @@ def test_what_would_change_or_overwrite_a_run_is_refused_and_nothing_is_touched(
     assert state() == before
 
 
-def test_a_run_whose_prompts_changed_under_it_is_not_resumed(play, world, monkeypatch):
-    own = world / "own.jsonl"
-    shutil.copy("p.jsonl", own)
-    play("--out", "fed", "--prompts", "own.jsonl")
-    own.write_text(own.read_text().replace("1 + 1", "1 + 2"))
-    with pytest.raises(InputError, match=r"own.jsonl \(--prompts\) is not what the run began with"):
-        play("--resume", "fed")
-
-
 def test_overwrite_begins_anew_and_leaves_what_is_not_the_runs(play, world):
     play("--out", "again")
     (world / "again/notes.txt").write_text("mine")

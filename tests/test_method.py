@@ -253,7 +253,6 @@ def test_the_queries_of_a_step_take_the_tasks_in_turn(world, tmp_path):
     shown = [g.tokenizer.decode(ids) for ids in first.query_prompts + second.query_prompts]
     for text, task in zip(shown, ("history", "physics", "chess", "history", "chess")):
         assert f"Ask about {task}." in text
-    assert g.sources["--tasks"] == tmp_path / "tasks.txt"
 
 
 def test_an_advantage_of_one_on_given_answers_is_the_supervised_gradient(world):

@@ -9,7 +9,6 @@ import pytest
 
 from plumbing import texts
 from plumbing.files import InputError
-from plumbing.runs import fingerprint
 from plumbing.texts import Texts, is_whole, segments
 
 # ‖ stands where one segment ends and the next begins.
@@ -258,16 +257,3 @@ def test_what_is_no_file_or_folder_is_refused(tmp_path):
     for path in (tmp_path / "none", tmp_path / "pipe.txt", tmp_path):
         with pytest.raises(InputError, match="no such file or folder|no text in it"):
             Texts(path)
-
-
-def test_the_fingerprint_tells_any_change_and_nothing_else(tmp_path):
-    found = lambda: fingerprint(Texts(tmp_path))
-    (tmp_path / "a.txt").write_text("One.")
-    (tmp_path / "b.txt").write_text("Two.")
-    first = found()
-    (tmp_path / "c.md").write_text("Not read.")
-    assert found() == first
-    (tmp_path / "b.txt").rename(tmp_path / "c.txt")
-    renamed = found()
-    (tmp_path / "c.txt").write_text("Twx.")
-    assert len({first, renamed, found()}) == 3
