@@ -17,7 +17,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from plumbing.files import InputError, read_json, read_small
 
-SURROGATE = re.compile("[\ud800-\udfff]")     # half a character: JSON can hold it, UTF-8 cannot
 PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
@@ -147,8 +146,6 @@ class Tokenizer:
 
     def unencodable(self, text: str) -> str | None:
         """The first piece of a text without a token, or None; only small vocabularies lack any."""
-        if half := SURROGATE.search(text):
-            return half[0]
         unknown = getattr(self.tokenizer.model, "unk_token", None)
         if not unknown:
             return None
@@ -183,8 +180,6 @@ class Tokenizer:
         used = {c for m in messages for c in m["content"]}
         free = (chr(c) for c in chain(*PRIVATE) if chr(c) not in used)
         marks = dict(zip(names, free))                                # name -> one unused character
-        if len(marks) < len(names):
-            raise InputError("a text that holds every private-use character cannot be read")
         return [m | {"content": self._special_name.sub(lambda n: marks[n[0]], m["content"])}
                 for m in messages], marks
 

@@ -1,15 +1,17 @@
 """Prompts from files, with their gold answers, and the order in which training draws them."""
 import gzip
 import json
+import re
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from plumbing.chat import SURROGATE, Tokenizer, fill
+from plumbing.chat import Tokenizer, fill
 from plumbing.files import InputError, check_regular, read_prompt
 
+SURROGATE = re.compile("[\ud800-\udfff]")     # half a character: JSON can hold it, UTF-8 cannot
 FIELDS = ("instruction", "question", "problem", "prompt")
 
 
@@ -57,7 +59,7 @@ def query_of(entry: dict, key: str) -> str:
 
 def check_data(path: str, data: list, tokenizer: Tokenizer, limit: int):
     """InputError with the line of a query that the tokenizer cannot encode, or whose prompt has
-    more than `limit` tokens, or of a gold answer with half a character in it.
+    more than `limit` tokens.
 
     path: the file that `data` came from, or a name for what came from none.
     """
@@ -65,10 +67,9 @@ def check_data(path: str, data: list, tokenizer: Tokenizer, limit: int):
         where = f", {read_entries(path)[n][0]}" if Path(path).is_file() else ""
         raise InputError(f"{path}{where}: {reason}")
 
-    for n, (query, gold) in enumerate(data):
-        for text in (query, *SURROGATE.findall(gold or "")):
-            if (strange := tokenizer.unencodable(text)) is not None:
-                refuse(n, f"the model's tokenizer cannot encode {strange!r}")
+    for n, (query, _) in enumerate(data):
+        if (strange := tokenizer.unencodable(query)) is not None:
+            refuse(n, f"the model's tokenizer cannot encode {strange!r}")
         ids = tokenizer.chat([{"role": "user", "content": query}])
         if len(ids) > limit:
             refuse(n, f"the prompt has {len(ids)} tokens; the model's context, less the answer's, "
