@@ -13,10 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from evals.heldout import evaluate_world
 from model import Llama, Tokenizer, load_model, save_model
-from plumbing.settings import resolve
-from train import play, set_up
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -61,7 +58,7 @@ def reply_loss(model: Llama, tokenizer: Tokenizer, rows: list) -> tuple[Tensor, 
 
 
 def build(shipped: Path, out: Path, seed: int, stages: list, row, judge_weight: float = 1.0):
-    """Train a model from random weights, save it and print what it does in the embedded world.
+    """Train a model from random weights and save it.
 
     stages: for each its number of steps, its initial learning rate (it falls linearly to a
     twentieth) and how many rows of which kind a step has. row(kind, stage) returns one row, a user
@@ -88,17 +85,8 @@ def build(shipped: Path, out: Path, seed: int, stages: list, row, judge_weight: 
             optimizer.step()
             optimizer.zero_grad()
             if step % 50 == 0:
-                show(f"step {step}, {time.time() - start:.0f} s",
-                     {kind: part.item() / count for kind, (part, count) in parts.items()})
+                losses = "  ".join(f"{kind} {part.item() / count:.3f}"
+                                   for kind, (part, count) in parts.items())
+                print(f"step {step}, {time.time() - start:.0f} s  {losses}", flush=True)
     save_model(model, out)
-    settings, _ = resolve({"model": str(out), "device": "cpu"})
-    game = set_up(settings)
-    for name, figures in evaluate_world(game).items():
-        show(name, figures)
-    played = play(game, 0)                         # at temperature 1, with the judge's scores
-    means = {"R": played.R, "R_Q": played.R_Q}
-    show("sampled", {name: x.mean().item() for name, x in means.items() if x is not None})
-
-
-def show(title: str, figures: dict[str, float]):
-    print(f"{title:20s}" + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
+    print(f"{out}: python train.py --model {out} shows what it does, and plays")
