@@ -340,6 +340,7 @@ def test_nothing_outlives_a_run_that_is_killed(kind, scratch):
                             f" cwd={str(scratch)!r}, start_new_session=True)\n"
                             f"p.communicate({program!r})"])
     wait_until(lambda: len(leftovers()) >= 3)                # the run, the keeper, the program
+    time.sleep(0.5)                                          # which now has its limits
     run.kill()
     run.wait()
     wait_until(lambda: leftovers() == [])
