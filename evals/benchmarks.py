@@ -19,7 +19,7 @@ FIELDS = {
     "gsm8k": ("question", "answer"),
     "math": ("problem", "answer"),                 # or a solution that boxes the answer
     "humaneval": ("prompt", "test", "entry_point"),
-    "mbpp": ("prompt", "test_list"),               # the full data set: text
+    "mbpp": ("prompt", "code", "test_list"),       # the full data set: text
 }
 TOKENS = {"gsm8k": 512, "math": 1024, "humaneval": 768, "mbpp": 768, "tiny": 5}
 NAMES = tuple(TOKENS)

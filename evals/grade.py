@@ -2,7 +2,6 @@
 
     passed, reason = run_program(mbpp_program(problem, answer), seconds=10)
 """
-import builtins
 import functools
 import json
 import re
@@ -23,7 +22,6 @@ FENCE = re.compile(r"^([^\n`~]*+)(`{3,}+|~{3,}+)[^\n`]*+\n(.*?)(?:^[ \t]*+\2|\Z)
 DEFINES = re.compile(r"^(?:async def|def|class) +(\w+)", re.MULTILINE)
 IMPORT = re.compile(r"^(?:import|from) .*", re.MULTILINE)
 ASSIGNED = re.compile(r"^(\w+) *=(?!=)", re.MULTILINE)
-PLAIN_IMPORT = re.compile(r"^import \w+ *$", re.MULTILINE)
 FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 PROBE = {"answer": "import collections, decimal, heapq, math, re, typing\nf = lambda: 1",
          "helpers": "", "tests": "assert f() == 1", "names": ["f"]}
@@ -90,25 +88,18 @@ def humaneval_program(problem: dict, answer: str) -> dict:
 def mbpp_program(problem: dict, answer: str) -> dict:
     """An answer's code and an MBPP problem's tests (sanitised or full data set), to be run.
 
-    The tests may call what the reference solution defines. Without one they may call what the
-    answer defines, but never in place of a builtin or of what the problem imports or sets up.
+    The tests may call what the reference solution defines, and nothing else of the answer.
     """
-    tests = "\n".join(problem["test_list"])
-    code, reference = code_of(answer, tests), problem.get("code") or ""
+    tests, setup = "\n".join(problem["test_list"]), problem.get("test_setup_code", "")
     imports = "\n".join(problem.get("test_imports", []))
-    setup = problem.get("test_setup_code", "")
     used = set(re.findall(r"\w+", f"{tests}\n{setup}"))
-    names = sorted(used & set(DEFINES.findall(reference or code)))
-    if not reference:                                        # a builtin only if it is all there is
-        names = [name for name in names if not hasattr(builtins, name)] or names
-    code = f"{code}\n{imports}\n{setup}\n"
+    names = sorted(used & set(DEFINES.findall(problem["code"])))
+    code = f"{code_of(answer, tests)}\n{imports}\n{setup}\n"
     if set(names) & set(re.findall(r"\w+", setup)):          # it builds objects: the answer's stay
         built = ", ".join(dict.fromkeys(ASSIGNED.findall(setup)))
         code += f"_set_up = lambda: ({built},)\n"
         setup, names = f"{built}, = _set_up()", [*names, "_set_up"]
-    # An answer's line "import math" can only bind a library's module to its own name.
-    given = IMPORT.findall(reference) if reference else PLAIN_IMPORT.findall(code)
-    return {"answer": code, "helpers": "\n".join(given), "names": names,
+    return {"answer": code, "helpers": "\n".join(IMPORT.findall(problem["code"])), "names": names,
             "tests": f"{imports}\n{setup}\n{tests}"}
 
 

@@ -189,6 +189,7 @@ def test_math_needs_a_box_with_an_equal_answer(monkeypatch, capsys, tmp_path):
 
 def test_programs_run_only_when_allowed_and_pass_at_k_is_unbiased(monkeypatch, capsys, tmp_path):
     problems = [{"prompt": "Write a function to add two numbers.", "task_id": 1, "test_imports": [],
+                 "code": "def add(a, b): return a + b",
                  "test_list": ["assert add(2, 3) == 5", "assert add(0, 0) == 0"]}]
     (tmp_path / "p.json").write_text(json.dumps(problems))
     flags = ("benchmark", "mbpp", "--prompts", tmp_path / "p.json", "--out", tmp_path / "r.jsonl",
@@ -222,7 +223,7 @@ def test_humaneval_completes_the_function_it_is_given(monkeypatch, capsys, tmp_p
 @pytest.mark.parametrize("name", ["gsm8k", "math", "humaneval", "mbpp"])
 def test_every_benchmark_states_its_prompt_and_fills_all_of_it(tmp_path, name):
     entry = {"question": "THE", "problem": "THE", "prompt": "THE", "answer": "4", "test": "t",
-             "entry_point": "e", "test_list": ["TESTS"], "subject": "s"}
+             "entry_point": "e", "code": "c", "test_list": ["TESTS"], "subject": "s"}
     (tmp_path / "p.json").write_text(json.dumps([entry]))
     (problem,), prompt = benchmarks.read_problems(name, str(tmp_path / "p.json"), None)
     assert "THE" in problem["query"] and ("TESTS" in problem["query"]) == (name == "mbpp")

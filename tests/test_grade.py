@@ -76,7 +76,8 @@ def test_mbpp_answers_meet_each_of_their_tests():
         wrong = {**MBPP, "test_list": [*MBPP["test_list"]]}
         wrong["test_list"][number] = test.replace("==", "!=")
         assert grade.run_program(grade.mbpp_program(wrong, MBPP["code"])) == (False, "failed")
-    setup = {"task_id": 2, "test_list": ["assert turn(W) == 'ba'"], "test_setup_code": "W = 'ab'"}
+    setup = {"code": MBPP["code"], "test_list": ["assert turn(W) == 'ba'"],
+             "test_setup_code": "W = 'ab'"}
     assert grade.run_program(grade.mbpp_program(setup, MBPP["code"])) == (True, "passed")
 
 
@@ -422,17 +423,12 @@ def test_a_wrong_answer_does_not_pass_whatever_it_redefines(name):
 @pytest.mark.parametrize("answer", [
     "def set(x): return 0\n", "import os; set = lambda x: 0\n",
     "from builtins import bool as set\n"])
-def test_without_a_reference_solution_an_answer_replaces_nothing_that_the_tests_use(answer):
-    problem = {"test_list": ["assert set(both([1, 2], [2, 3])) == set([2])"]}
-    wrong, right = "def both(a, b): return [7]", "def both(a, b): return [x for x in a if x in b]"
-    assert not grade.run_program(grade.mbpp_program(problem, answer + wrong))[0]
+def test_an_answer_replaces_nothing_else_that_the_tests_use(answer):
+    right = "def both(a, b): return [x for x in a if x in b]"
+    problem = {"code": right, "test_list": ["assert set(both([1, 2], [2, 3])) == set([2])"]}
+    wrong = answer + "def both(a, b): return [7]"
+    assert not grade.run_program(grade.mbpp_program(problem, wrong))[0]
     assert grade.run_program(grade.mbpp_program(problem, right)) == (True, "passed")
-    measured = {"test_list": ["assert math.isclose(f(), math.pi)"]}
-    assert grade.run_program(
-        grade.mbpp_program(measured, "import math\ndef f(): return math.pi"))[0]
-    named_like_a_builtin = {"test_list": ["assert sum(10, 15) == 6"]}
-    assert grade.run_program(
-        grade.mbpp_program(named_like_a_builtin, "def sum(a, b): return 6"))[0]
 
 
 def test_the_tests_may_set_up_objects_of_the_answers_classes():
@@ -441,9 +437,8 @@ def test_the_tests_may_set_up_objects_of_the_answers_classes():
                "test_setup_code": "root = Node(1) \r\nroot.left = Node(2) \r\nleaf = Node(3)",
                "test_list": ["assert height(root) == 2", "assert height(leaf) == 1"]}
     assert grade.run_program(grade.mbpp_program(problem, problem["code"])) == (True, "passed")
-    for bare in (problem, {**problem, "code": ""}):
-        wrong = grade.mbpp_program(bare, tree + "def height(n): return 1")
-        assert grade.run_program(wrong) == (False, "failed")
+    wrong = grade.mbpp_program(problem, tree + "def height(n): return 1")
+    assert grade.run_program(wrong) == (False, "failed")
 
 
 def test_an_answer_finds_nothing_of_what_the_tests_expect(namespaces):
