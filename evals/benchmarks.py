@@ -46,7 +46,7 @@ def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[
         if name == "math" and isinstance(entry.get("solution"), str):
             entry = {"answer": boxed(entry["solution"]), "subject": entry.get("type")} | entry
         missing = [key for key in FIELDS[name]
-                   if not is_text(entry.get(key), listed=key == "test_list")]
+                   if not isinstance(entry.get(key), list if key == "test_list" else str)]
         if missing:
             raise InputError(f"{path}, {where}: no text in {', '.join(missing)} ({name})")
         if name == "gsm8k" and final_number(entry["answer"]) is None:
@@ -58,13 +58,6 @@ def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[
     if not problems:
         raise InputError(f"{path}: nothing in it")
     return problems, prompt
-
-
-def is_text(value, *, listed: bool) -> bool:
-    """Whether a field holds a text, or where `listed` a list of some."""
-    if listed:
-        return isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
-    return isinstance(value, str)
 
 
 def is_right(name: str, problem: dict, answer: str, *, cut: bool) -> tuple[bool, str]:

@@ -271,7 +271,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(monkeypatch, capsys, tmp_pat
     (tmp_path / "gap.json").write_text('[{"instruction": "q"}, {"output": "a"}]')
     (tmp_path / "word.json").write_text('[{"question": "q", "answer": "many"}]')
     (tmp_path / "list.json").write_text(
-        '[{"prompt": "q", "test_list": [7], "instruction": ["q"]}]')
+        '[{"prompt": "q", "test_list": "t", "instruction": ["q"]}]')
     (tmp_path / "none.jsonl").write_text("\n")
     (tmp_path / "long.json").write_text(json.dumps([{"instruction": "What is 1 + 1?" * 999}]))
     (tmp_path / "odd.json").write_text('[{"instruction": "漢"}]')
