@@ -101,25 +101,11 @@ def percent(values: list[float], name: str) -> dict:
 
 
 def paired(base: list[float], run: list[float]) -> tuple[float, float, float]:
-    """Mean difference run - base over the same items, and its 95 % bootstrap interval.
-
-    Items are drawn with replacement 10,000 times, both values of an item together.
-    """
-    difference = np.subtract(run, base)                                      # (n,)
-    random, n = np.random.default_rng(0), len(difference)
-    if np.ptp(difference) == 0:                      # what was never seen in n can be so frequent
-        width = 1 - 0.05 ** (1 / n)
-        return float(difference[0]), float(difference[0]) - width, float(difference[0]) + width
-    means = [difference[random.integers(n, size=n)].mean() for _ in range(10_000)]
-    return float(difference.mean()), *map(float, np.quantile(means, [0.025, 0.975]))
-
-
-def mcnemar(base: list[float], run: list[float]) -> float:
-    """Exact two-sided p-value that as many items turned right as turned wrong only by chance."""
-    changed = [r > b for b, r in zip(base, run) if b != r]
-    lost, total = changed.count(False), len(changed)
-    tail = sum(math.comb(total, k) for k in range(min(lost, total - lost) + 1)) / 2 ** total
-    return min(1.0, 2 * tail)
+    """Mean difference run - base over the same items, and its 95 % interval: +- 1.96 standard
+    errors. Where all items differ alike, what was never seen in n can be as frequent as `width`."""
+    mean, error = mean_error(np.subtract(run, base))
+    width = 1.96 * error if error else 1 - 0.05 ** (1 / len(base))
+    return mean, mean - width, mean + width
 
 
 def show(figures: dict, found: list[tuple[float, str | None]], name: str):
@@ -179,9 +165,9 @@ def item_values(header: dict, records: list[dict]) -> dict[tuple, tuple[float, s
     return values
 
 
-def rows(base: dict, run: dict) -> list[list]:
-    """The table of two measures: subset (None: all), n, base, run, difference, its interval's ends,
-    p; over the items that both have. p is McNemar's, for right or wrong alone, else None.
+def rows(base: dict, run: dict) -> list[tuple]:
+    """The table of two measures: subset (None: all), n, base, run, difference, its interval's ends;
+    over the items that both have.
 
     InputError where the files were made so differently that pairing them would mislead.
     """
@@ -196,11 +182,8 @@ def rows(base: dict, run: dict) -> list[list]:
         raise InputError(f"{run['file']}: no question in common with {base['file']}")
     names, table = sorted({subset for subset, *_ in pairs} - {None}), []
     for name in [None] + (names if len(names) > 1 else []):
-        some = [values for subset, *values in pairs if name in (None, subset)]
-        one, other = map(list, zip(*some))
-        p = mcnemar(one, other) if base["header"].get("samples") == 1 else None
-        table.append([name, len(some), mean_error(one)[0], mean_error(other)[0],
-                      *paired(one, other), p])
+        one, other = zip(*(values for subset, *values in pairs if name in (None, subset)))
+        table.append((name, len(one), np.mean(one), np.mean(other), *paired(one, other)))
     return table
 
 
@@ -208,21 +191,18 @@ def compare(base_path: str, run_paths: list[str]):
     """Print one table of the base against each run, and below it the command of each figure."""
     sides = {path: read_results(path) for path in (base_path, *run_paths)}
     base = sides[base_path]
-    print(f"{'':42} {'n':>5} {'base':>7} {'run':>7} {'run - base':>11} {'95 % interval':>17} "
-          f"{'McNemar p':>10}")
+    print(f"{'':42} {'n':>5} {'base':>7} {'run':>7} {'run - base':>11} {'95 % interval':>17}")
     for path in run_paths:
         print(path)
         for label in sorted(base.keys() | sides[path].keys()):
             if label not in base or label not in sides[path]:
                 print(f"  {label}: only in {base_path if label in base else path}")
                 continue
-            for name, n, *figures, p in rows(base[label], sides[path][label]):
+            for name, n, *figures in rows(base[label], sides[path][label]):
                 one, other, change, low, high = (f"{100 * x:.2f}" for x in figures)
                 print(f"  {label if name is None else f'  {name}':40} {n:5} {one:>7} {other:>7} "
-                      f"{change:>11} {f'[{low}, {high}]':>17} "
-                      f"{'-' if p is None else f'{p:.2g}':>10}")
-    print("\nPer cent, over the questions that both sides have. Intervals: of the difference, by "
-          "paired bootstrap.")
+                      f"{change:>11} {f'[{low}, {high}]':>17}")
+    print("\nPer cent, over the questions that both sides have. Intervals: of the difference.")
     for path, side in sides.items():
         for label, measured in sorted(side.items()):
             print(f"{path}: {label}: {measured['header']['command']}")
