@@ -34,8 +34,8 @@ def resume(path: Path, header: dict) -> list[dict]:
     """
     records = []
     if path.exists():
-        found, *records = read_lines(path) or [None]
-        if not isinstance(found, dict) or "measure" not in found:
+        found, *records = read_lines(path) or [{}]
+        if "measure" not in found:
             raise InputError(f"{path} exists and is no result file; nothing is overwritten")
         for key in header if records else ():
             if key != "command" and header[key] != found.get(key):
@@ -53,13 +53,11 @@ def resume(path: Path, header: dict) -> list[dict]:
 
 
 def in_batches(items: list, size: int, what: str) -> Iterator[list]:
-    """Slices of `size` items. Where there are several, a terminal shows a progress bar of the items
-    done (disable=None: a file does not)."""
-    with tqdm(total=len(items), desc=what, disable=None if size < len(items) else True) as bar:
-        for start in range(0, len(items), size):
-            some = items[start:start + size]
-            yield some
-            bar.update(len(some))
+    """Slices of `size` items. Where there are several, a terminal shows a progress bar of them
+    (disable=None: a file does not)."""
+    starts = range(0, len(items), size)
+    for start in tqdm(starts, what, unit="batch", disable=None if len(starts) > 1 else True):
+        yield items[start:start + size]
 
 
 def digest(texts: list[str]) -> str:
@@ -125,11 +123,9 @@ def show(figures: dict, found: list[tuple[float, str | None]], name: str):
 def read_results(path: str) -> dict[str, dict]:
     """A result file, or a folder of some: {measure's label: header, file, item_values()}."""
     path, measures = Path(path), {}
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
     for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
-        header, *records = read_lines(file) or [None]
-        if not isinstance(header, dict) or "measure" not in header:
+        header, *records = read_lines(file) or [{}]
+        if "measure" not in header:
             continue
         label = header["measure"]
         if label == "win-rate":

@@ -173,7 +173,7 @@ def test_nothing_in_common_and_nothing_there_is_said(tmp_path):
     run = write_results(tmp_path / "b.jsonl", [[1]], queries=["another"])
     with pytest.raises(InputError, match="no question in common"):
         results.compare(base, [run])
-    with pytest.raises(InputError, match="nowhere: no such"):
+    with pytest.raises(InputError, match="nowhere: no result files"):
         results.compare(base, ["nowhere"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="empty: no result files"):
