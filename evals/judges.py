@@ -5,6 +5,7 @@ Preferences are AlpacaEval's: 2 where a is better, 1 where b is, between them wh
 where the judge failed. Judges that read both answers favour a position (mostly the first), so each
 pair is judged in both orders and the mean counts. Each verdict is written as soon as it is there.
 """
+import contextlib
 import http.client
 import json
 import math
@@ -69,16 +70,15 @@ def read_annotations(path: str, name: str | None = None) -> list[tuple[float | N
     """
     found = {}                                              # generator_2: its values and subsets
     for where, entry in read_entries(path):
-        try:
-            preference = math.nan if entry["preference"] is None else entry["preference"]
-            failed = math.isnan(preference)                              # NaN: null in pandas
-            valid = failed or preference == 0 or 1 <= preference <= 2
+        try:                                                # NaN: null in pandas
+            value = math.nan if entry["preference"] is None else (entry["preference"] or 1.5) - 1
         except (LookupError, TypeError):
-            valid = False
-        if not valid:
+            value = math.inf
+        failed = math.isnan(value)
+        if not failed and not 0 <= value <= 1:
             raise InputError(f"{path}, {where}: expected a preference of 1 to 2, 0 or null")
-        value = None if failed else preference - 1 if preference else 0.5
-        found.setdefault(str(entry.get("generator_2")), []).append((value, entry.get("dataset")))
+        found.setdefault(str(entry.get("generator_2")), []).append(
+            (None if failed else value, entry.get("dataset")))
     if name is None and len(found) == 1:
         (name,) = found
     if name not in found:
@@ -157,9 +157,7 @@ def by_llama(judge: Llama, tokenizer: Tokenizer, prompt: str, left: list[Questio
     """The judge's turn is started with "Better: ", and the preference is the probability of 1
     against 2 as the next token. Nothing has to be parsed; mass is what these two had together."""
     *start, one = tokenizer.encode("Better: 1")
-    *other_start, two = tokenizer.encode("Better: 2")
-    if start != other_start:
-        raise InputError(f"{tokenizer.path}: as a judge it needs a token each for 1 and 2")
+    *_, two = tokenizer.encode("Better: 2")
     rows = [(tokenizer.chat([{"role": "user", "content": asked(prompt, *question)}]) + start,
              *question) for question in left]
     longest = max((len(ids) for ids, _, _ in rows), default=0)
@@ -184,11 +182,6 @@ class Endpoint:
     def __init__(self, url: str, model: str, *, max_tokens: int = 1024, seconds: float = 120,
                  fields: dict | None = None):
         self.key = os.environ.get(KEY, "").strip()
-        # A key in the URL would be printed, and one with a line break be shown by the error.
-        plain = re.fullmatch(r"https?://(\[[\w:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w.~%/-]*)?", url, re.A)
-        if not plain or not re.fullmatch(r"[!-~]*", self.key):
-            raise InputError("--judge: a plain URL as http://localhost:8000/v1 is needed, and the "
-                             f"key, one word, in the environment variable {KEY} alone")
         suffix = "/chat/completions"
         self.url = url.rstrip("/").removesuffix(suffix) + suffix
         self.seconds, self.stop = seconds, threading.Event()         # set: no more tries
@@ -206,21 +199,24 @@ class Endpoint:
                 break
             try:
                 code, reply = self.send(text)
-                if code < 300:
-                    return {"reply": content_of(reply)}
-                reason = f"HTTP {code} {reply[:200]}"
-                if code in UNFIT:
-                    return {"refused": reason}
-                if code < 500 and code not in RETRIED:
-                    break
-            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
+                continue
+            reason = f"HTTP {code} {reply[:200]}"
+            if code in UNFIT:
+                return {"refused": reason}
+            if code < 500 and code not in (200, *RETRIED):
+                break
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+                content = json.loads(reply)["choices"][0]["message"]["content"]
+                # UTF-8 has no half characters, which JSON may hold.
+                return {"reply": content and content.encode(errors="replace").decode()}
         self.stop.set()
         raise InputError(f"{self.url}: {reason} (the verdicts so far are kept: the same command "
                          "goes on)")
 
     def send(self, text: str) -> tuple[int, str]:
-        """Status and body of the server's response to a message, the body without our key."""
+        """Status and body of the server's response to a message."""
         body = self.body | {"messages": [{"role": "user", "content": text}]}
         request = urllib.request.Request(self.url, json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
@@ -236,19 +232,7 @@ class Endpoint:
                 read += piece
                 if time.monotonic() > deadline:              # a server may send byte by byte
                     raise TimeoutError(f"no whole reply in {self.seconds:g} s")
-        reply = read.decode(errors="replace")
-        # A key of few letters is a local server's stand-in.
-        return response.code, reply.replace(self.key, "[key]") if len(self.key) >= 8 else reply
-
-
-def content_of(reply: str) -> str | None:
-    """A chat completion's text, None where the server gave none; ValueError if it is no reply."""
-    try:
-        content = json.loads(reply)["choices"][0]["message"]["content"]
-        # UTF-8 has no half characters, which JSON may hold.
-        return None if content is None else content.encode(errors="replace").decode()
-    except (LookupError, TypeError, AttributeError):
-        raise ValueError(f"no chat completion: {reply[:200]}") from None
+        return response.code, read.decode(errors="replace")
 
 
 LINE = re.compile(r"^[ \t*_>#-]*better[ \t*_]*:[ \t*_\"']*(1|2|tie)[ \t*_.\"']*$", re.I | re.M)
