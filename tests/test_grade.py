@@ -47,6 +47,12 @@ WHOLE = "def area_sum(radii):\n    return round(sum(area(r) for r in radii))\n"
 
 @pytest.mark.parametrize("answer", [
     HUMANEVAL["canonical_solution"],
+    HUMANEVAL["canonical_solution"].lstrip(), " " + HUMANEVAL["canonical_solution"],
+    "total = 0\nfor r in radii:\n    total += area(r)\nreturn round(total)",
+    "total = 0\n    for r in radii:\n        total += area(r)\n    return round(total)",
+    "    total = 0\n    for r in radii:\n        total += area(r)\n    return round(total)\n1",
+    f"Here it is:\n\n{WHOLE}", f"ONE = 1\n\n{WHOLE.replace('round(', 'round(ONE * ')}",
+    f"{WHOLE}```",
     HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"],
     WHOLE,
     f"Sure.\n\n```python\n{WHOLE}```\nFor instance:\n```python\nprint(area_sum([1]))\n```\nDone.",
@@ -361,10 +367,10 @@ def test_isolation_says_in_a_line_which_containment_runs(monkeypatch):
         assert words in grade.isolation()
 
 
-def test_where_no_program_can_run_it_is_said_in_words(monkeypatch):
+def test_a_program_that_cannot_be_started_is_no_wrong_answer(monkeypatch):
     monkeypatch.setattr(grade, "SANDBOX", "/nowhere/sandbox.py")
-    with pytest.raises(InputError, match="cannot be run here"):
-        grade.containment.__wrapped__()
+    with pytest.raises(InputError, match="could not be started"):
+        benchmarks.is_right("mbpp", {"problem": MBPP}, MBPP["code"], cut=False)
 
 
 def test_without_namespaces_the_next_best_is_chosen(monkeypatch):
