@@ -103,19 +103,17 @@ def isolation() -> str:
     return ISOLATION[containment()]
 
 
-def run_program(program: dict, *, seconds: float = 10, patience: float = 3,
+def run_program(program: dict, *, seconds: float = 10,
                 kind: str | None = None) -> tuple[bool, str]:
     """Run a program with its tests in a contained child; whether it passed, and why or why not.
 
-    program: what humaneval_program or mbpp_program made. seconds: of CPU time, rounded up, and
-    `patience` times as many of wall time, so that other work on the machine does not decide.
-    kind: the containment; by default the better one that works here. The reason is one of
-    sandbox.REASONS: passed; failed (an assertion); error (any other exception, syntax included);
-    memory; timeout; ended (before its last line: an exit, a signal, a crash); sandbox (it could
-    not be started: nothing was measured).
+    program: what humaneval_program or mbpp_program made. seconds: of wall time; the data sets'
+    programs take milliseconds. kind: the containment; by default the better one that works here.
+    The reason is one of sandbox.REASONS: passed; failed (an assertion); error (any other exception,
+    syntax included); memory; timeout; ended (before its last line: an exit, a signal, a crash);
+    sandbox (it could not be started: nothing was measured).
     """
-    command = [sys.executable, "-s", "-S", SANDBOX, kind or containment(), str(seconds),
-               str(patience * seconds)]
+    command = [sys.executable, "-s", "-S", SANDBOX, kind or containment(), str(seconds)]
     with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as scratch:
         keeper = subprocess.run(command, input=json.dumps(program), cwd=scratch, text=True,
                                 env={"PYTHONHASHSEED": "0"},        # a set's order is the same

@@ -136,9 +136,9 @@ def scratch(tmp_path, monkeypatch):
     assert list(folder.iterdir()) == [] and leftovers() == []
 
 
-def end(program: str, kind: str, seconds: float = 10, patience: float = 3) -> str:
+def end(program: str, kind: str, seconds: float = 10) -> str:
     program = {"answer": textwrap.dedent(program), "helpers": "", "tests": "", "names": []}
-    return grade.run_program(program, seconds=seconds, patience=patience, kind=kind)[1]
+    return grade.run_program(program, seconds=seconds, kind=kind)[1]
 
 
 # What each does, and how it may end. None of them may pass. (A fork is an error where the limit of
@@ -243,20 +243,20 @@ NAMESPACES = {
 @pytest.mark.parametrize("name", NAMESPACES)
 def test_a_hostile_program_is_contained_by_namespaces_and_does_not_pass(name, namespaces):
     program, reasons = NAMESPACES[name]
-    assert end(program, "namespaces", 0.2 if "timeout" in reasons else 10) in reasons
+    assert end(program, "namespaces", 0.5 if "timeout" in reasons else 10) in reasons
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_is_contained_and_does_not_pass(name, kind):
     program, reasons = HOSTILE[name]
-    assert end(program, kind, 0.2 if "timeout" in reasons else 10) in reasons
+    assert end(program, kind, 0.5 if "timeout" in reasons else 10) in reasons
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_cpu_limit_holds_long_before_the_wall_time(kind):
+def test_the_cpu_limit_ends_what_no_signal_handler_interrupts():
+    program = {"answer": "", "helpers": "", "names": [], "tests": "sum(range(10 ** 12))"}
     started = time.monotonic()
-    assert end("while True: pass", kind, 1, patience=60) == "timeout"
+    assert grade.run_program(program, seconds=0.5) == (False, "ended")
     assert time.monotonic() - started < 30
 
 
@@ -339,7 +339,7 @@ def test_links_and_closed_folders_in_the_scratch_folder_harm_nobody(tmp_path):
 def test_nothing_outlives_a_run_that_is_killed(kind, scratch):
     if not Path("/proc").exists():
         pytest.skip("the death of a parent is a signal on Linux alone")
-    command = [sys.executable, "-s", "-S", grade.SANDBOX, kind, "60", "60"]
+    command = [sys.executable, "-s", "-S", grade.SANDBOX, kind, "60"]
     program = json.dumps({"answer": "import time; time.sleep(600)", "helpers": "", "tests": "",
                           "names": []}).encode()
     run = subprocess.Popen([sys.executable, "-S", "-c", f"import subprocess, time\n"
