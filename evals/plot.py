@@ -20,7 +20,6 @@ from plumbing.runs import read_lines
 # in page.html.
 COLORS = {"lsp": "#0072B2", "lsp-zero": "#D55E00", "grpo": "#009E73", "rlpt": "#AA4499",
           "sft": "#666666"}
-OTHERS = ["#999999", "#56B4E9", "#E69F00", "#F0E442", "#CC79A7"]     # of what is no algorithm
 DASHES = ["-", "--", ":", "-."]                             # of settings of the same algorithm
 
 # Title, name of the y-axis, file and entry of each panel. Curves of metrics.jsonl are smoothed.
@@ -65,6 +64,7 @@ def pyplot():
     except ImportError:
         raise InputError("plot needs matplotlib: pip install matplotlib") from None
     pyplot.switch_backend("Agg")
+    pyplot.style.use("tableau-colorblind10")                # of bars
     pyplot.rcParams.update({"font.size": 14, "axes.grid": True, "axes.axisbelow": True,
                             "grid.alpha": 0.3, "lines.linewidth": 2.5})
     return pyplot
@@ -78,15 +78,9 @@ def save(figure, out: str):
 
 
 def plot(paths: list[str], out: str):
-    """Curves of run folders; bars where the paths are result files or folders with some."""
-    runs = [path for path in paths
-            if any((Path(path) / f"{kind}.jsonl").exists() for kind in ("metrics", "eval"))]
-    if runs and runs != paths:
-        raise InputError("plot draws run folders as curves, or result files as bars, not both")
-    if runs:
-        curves(paths, out)
-    else:
-        bars(paths, out)
+    """Curves where the paths are run folders; bars where they are result files, or folders."""
+    draw = curves if all((Path(path) / "config.json").exists() for path in paths) else bars
+    draw(paths, out)
 
 
 def curves(folders: list[str], out: str):
@@ -94,9 +88,9 @@ def curves(folders: list[str], out: str):
     groups, styles, panels = {}, {}, []
     for folder in map(Path, folders):
         run = {kind: read_lines(folder / f"{kind}.jsonl") for kind in ("eval", "metrics")}
-        label, config = re.sub(r"-\d+$", "", folder.name), folder / "config.json"
+        label = re.sub(r"-\d+$", "", folder.name)
         groups.setdefault(label, []).append(run)
-        color = COLORS.get(read_json(config)["algo"] if config.exists() else None, "#000000")
+        color = COLORS[read_json(folder / "config.json")["algo"]]
         earlier = sum(style["color"] == color for style in styles.values())
         styles.setdefault(label, {"color": color, "linestyle": DASHES[earlier % len(DASHES)]})
     for title, name, kind, entry in PANELS:
@@ -126,10 +120,10 @@ def draw_panels(panels: list[tuple], out: str):
     for first in range(0, len(panels), 4):
         page = panels[first:first + 4]
         rows, columns = -(-len(page) // 2), min(len(page), 2)
-        figure, axes = plt.subplots(rows, columns, figsize=(6.5 * columns, 4 * rows + 0.6),
-                                    squeeze=False, layout="constrained")
+        figure = plt.figure(figsize=(6.5 * columns, 4 * rows + 0.6), layout="constrained")
         labels = {}
-        for axis, (title, name, lines) in zip(axes.flat, page):
+        for place, (title, name, lines) in enumerate(page, 1):
+            axis = figure.add_subplot(rows, columns, place)
             for label, x, y, style in lines:
                 labels[label], = axis.plot(x, y, **style)
             axis.set(title=title, xlabel="step", ylabel=name)
@@ -137,8 +131,6 @@ def draw_panels(panels: list[tuple], out: str):
                 axis.set_ylim(-0.03, 1.03)
         labels.pop(None, None)
         figure.legend(labels.values(), labels, loc="outside lower center", ncols=2)
-        for axis in axes.flat[len(page):]:
-            axis.axis("off")
         file = path.with_stem(f"{path.stem}-{first // 4 + 1}") if first else path
         save(figure, file)
         print(f"{file}: {', '.join(title for title, *_ in page)}")
@@ -151,29 +143,24 @@ def bars(paths: list[str], out: str):
 
     Where there is a single measure, its subsets (AlpacaEval's five, carry classes) follow it.
     """
-    plt, names = pyplot(), [Path(path).name.removesuffix(".jsonl") for path in paths]
-    if len(set(names)) < len(names):                         # A/gsm8k.jsonl and B/gsm8k.jsonl
-        names = paths
-    sides = dict(zip(names, map(read_results, paths)))
+    plt, sides = pyplot(), {path: read_results(path) for path in paths}
     labels = sorted({label for side in sides.values() for label in side})
-    groups = {label: {} for label in labels}                 # {label: {name: values}}
-    for name, side in sides.items():
+    groups = {label: {} for label in labels}                 # {label: {path: values}}
+    for path, side in sides.items():
         for label, measure in side.items():
             for value, subset in measure["values"].values():
                 for group in (label, subset) if subset and len(labels) == 1 else (label,):
-                    groups.setdefault(group, {}).setdefault(name, []).append(value)
+                    groups.setdefault(group, {}).setdefault(path, []).append(value)
     size = (4 + 1.4 * len(groups) * len(sides) ** 0.5, 5)
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     width = 0.8 / len(sides)
-    for number, name in enumerate(sides):
-        here = [(i, group[name]) for i, group in enumerate(groups.values()) if name in group]
+    for number, path in enumerate(sides):
+        here = [(i, group[path]) for i, group in enumerate(groups.values()) if path in group]
         places = [i + (number - (len(sides) - 1) / 2) * width for i, _ in here]
         means = 100 * np.array([mean_error(values)[0] for _, values in here])
         ends = 100 * np.array([interval(values) for _, values in here]).T        # (2, bars)
-        axis.bar(places, means, width, yerr=abs(ends - means), capsize=3, label=name,
-                 color=OTHERS[number % len(OTHERS)])
-        for place, mean, high in zip(places, means, ends[1]):
-            axis.text(place, high + 1, f"{mean:.1f}", ha="center", fontsize=12)
+        drawn = axis.bar(places, means, width, yerr=abs(ends - means), capsize=3, label=path)
+        axis.bar_label(drawn, fmt="%.1f", padding=2, fontsize=12)
     axis.set_xticks(range(len(groups)), [textwrap.fill(label, 16) for label in groups])
     axis.set(xlabel="measure", ylabel="per cent, 95 % interval")
     if any(label.startswith("win-rate") for label in labels):

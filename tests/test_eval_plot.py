@@ -130,5 +130,5 @@ def test_a_low_win_rate_leaves_the_50_per_cent_line_in_view_and_two_judges_apart
 def test_plot_does_not_mix_runs_and_results(tmp_path):
     make_run(tmp_path / "lsp-1")
     write_measure(tmp_path / "base" / "gsm8k.jsonl", [1])
-    with pytest.raises(InputError, match="not both"):
+    with pytest.raises(InputError, match="lsp-1: no result files"):
         plot.plot([str(tmp_path / "lsp-1"), str(tmp_path / "base")], str(tmp_path / "x.png"))
