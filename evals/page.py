@@ -6,13 +6,14 @@ page.html holds the layout and the script. What a model wrote travels as JSON an
 text, so that nothing in it can become markup or run.
 """
 import json
+import math
 from pathlib import Path
 
 from plumbing.files import InputError, read_json
 from plumbing.runs import read_lines
 
 HERE = Path(__file__).resolve().parent
-MOST = 20 * 10**6                    # bytes of a page
+MOST = 20 * 10**6                    # bytes of samples in a page
 CURVES = ("step", "reward", "quality", "kl_solver", "kl_challenger", "distinct_queries", "overlap")
 SHOWN = ("step", "query", "gold", "kind", "query_stopped", "trained_on", "challenger_advantage")
 OF_ANSWERS = ("answer", "stopped", "reward", "quality", "advantage", "judgement", "reason",
@@ -20,8 +21,8 @@ OF_ANSWERS = ("answer", "stopped", "reward", "quality", "advantage", "judgement"
 
 
 def page(folders: list[Path], most: int = MOST) -> str:
-    """The page of one run or two, of at most `most` bytes: samples of only every k-th step where
-    all would not fit. InputError for a folder that holds no run."""
+    """The page of one run or two: samples of only every k-th step where all would exceed `most`
+    bytes. InputError for a folder that holds no run."""
     runs, samples = [], []
     for folder in folders:
         settings = read_json(folder / "config.json")
@@ -41,14 +42,10 @@ def page(folders: list[Path], most: int = MOST) -> str:
     # "<" and the line separators would end the script element or the string.
     text = lambda value: json.dumps(value).replace("<", "\\u003c")
     last = max((step for by_step in samples for step in by_step), default=1)
-    for every in range(1, last + 1):
-        for run, by_step in zip(runs, samples):
-            run["samples"] = {step: records for step, records in by_step.items()
-                              if step % every == 0 or step == last}
-        note = "" if every == 1 else (
-            f"Samples of every {every}th step are shown: all of them would exceed {most / 1e6:g} "
-            "MB.")
-        filled = template.replace("{DATA}", text({"runs": runs, "note": note}))
-        if len(filled.encode()) <= most:
-            break
-    return filled
+    every = max(1, math.ceil(len(text(samples)) / most))
+    for run, by_step in zip(runs, samples):
+        run["samples"] = {step: records for step, records in by_step.items()
+                          if step % every == 0 or step == last}
+    note = "" if every == 1 else (
+        f"Samples of every {every}th step are shown: all of them would exceed {most / 1e6:g} MB.")
+    return template.replace("{DATA}", text({"runs": runs, "note": note}))
