@@ -15,7 +15,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -38,13 +37,10 @@ RETRIED, UNFIT = (408, 429), (400, 413, 422)    # and 500 to 599; this question,
 
 # ---------------------------------------------------------------- what is judged
 
-def read_outputs(path: str) -> dict[tuple[str, int], dict]:
-    """A file of AlpacaEval's format: {(instruction, which of equal ones): its entry}."""
-    seen, outputs = Counter(), {}
-    for entry in (problem["problem"] for problem in read_problems("outputs", path, None)[0]):
-        seen[entry["instruction"]] += 1
-        outputs[entry["instruction"], seen[entry["instruction"]]] = entry
-    return outputs
+def read_outputs(path: str) -> dict[str, dict]:
+    """A file of AlpacaEval's format: {instruction: its entry}, of equal instructions the last."""
+    entries = (problem["problem"] for problem in read_problems("outputs", path, None)[0])
+    return {entry["instruction"]: entry for entry in entries}
 
 
 def read_pairs(*files: str) -> tuple[list[dict], list[str]]:

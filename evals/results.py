@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,18 +137,17 @@ def read_results(path: str) -> dict[str, dict]:
     return measures
 
 
-def item_values(header: dict, records: list[dict]) -> dict[tuple, tuple[float, str | None]]:
-    """{item: (value in 0..1, subset)}; an item is its query and which one of equal queries.
+def item_values(header: dict, records: list[dict]) -> dict[str, tuple[float, str | None]]:
+    """{query: (value in 0..1, subset)}, of equal queries the last one's.
 
     A benchmark's value is the share of right samples. A win-rate's is the mean preference - 1 over
     the asked orders, and an item with a failed or missing one is left out.
     """
-    by_item, values, seen = {}, {}, Counter()
+    by_item, values = {}, {}
     for record in records:                 # of a question that was asked again, the last one
         by_item.setdefault(record["item"], {})[record.get("first")] = record
     for _, group in sorted(by_item.items()):
         first, *others = group.values()
-        seen[first["query"]] += 1
         if header["measure"] != "win-rate":
             value = sum(first["correct"]) / len(first["correct"])
         else:
@@ -157,7 +155,7 @@ def item_values(header: dict, records: list[dict]) -> dict[tuple, tuple[float, s
             if len(preferences) < first["orders"] or None in preferences:
                 continue
             value = sum(preferences) / len(preferences) - 1
-        values[first["query"], seen[first["query"]]] = value, first.get("subset")
+        values[first["query"]] = value, first.get("subset")
     return values
 
 
