@@ -66,15 +66,13 @@ def read_annotations(path: str, name: str | None = None) -> list[tuple[float | N
     """
     found = {}                                              # generator_2: its values and subsets
     for where, entry in read_entries(path):
-        try:                                                # NaN: null in pandas
-            value = math.nan if entry["preference"] is None else (entry["preference"] or 1.5) - 1
+        try:
+            value = None if entry["preference"] is None else (entry["preference"] or 1.5) - 1
         except (LookupError, TypeError):
             value = math.inf
-        failed = math.isnan(value)
-        if not failed and not 0 <= value <= 1:
+        if value is not None and not 0 <= value <= 1:
             raise InputError(f"{path}, {where}: expected a preference of 1 to 2, 0 or null")
-        found.setdefault(str(entry.get("generator_2")), []).append(
-            (None if failed else value, entry.get("dataset")))
+        found.setdefault(str(entry.get("generator_2")), []).append((value, entry.get("dataset")))
     if name is None and len(found) == 1:
         (name,) = found
     if name not in found:
@@ -110,15 +108,14 @@ def verdict(pair: dict, first: str | None, share: float | None, **more) -> dict:
 
 
 def report(records: list[dict]):
-    """Print how many replies could not be parsed, how often both orders of a pair gave the same
-    verdict, and whether the judge favours a position."""
+    """Print how many questions have no verdict, how often both orders of a pair gave the same one,
+    and whether the judge favours a position."""
     latest = {(r["item"], r["first"]): r for r in records}              # some were asked again
-    for key, what in (("reply", "replies could not be parsed"),
-                      ("refused", "questions were not answered")):
-        texts = [r[key] or "" for r in latest.values() if r["preference"] is None and key in r]
-        if texts:
-            print(f"{len(texts)} {what}, for example {texts[0][-100:]!r}; the same command asks "
-                  "again")
+    failed = [r.get("reply") or r.get("refused") or "" for r in latest.values()
+              if r["preference"] is None]
+    if failed:
+        print(f"{len(failed)} questions have no verdict, for example {failed[0][-100:]!r}; the "
+              "same command asks again")
     masses = [r["mass"] for r in latest.values() if "mass" in r]
     if masses and sum(masses) < len(masses) / 2:
         print(f"the judge wanted to say something else than 1 or 2: together they had a "

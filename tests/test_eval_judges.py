@@ -131,7 +131,7 @@ def test_annotations_give_the_hand_worked_win_rate_and_error(monkeypatch, capsys
     ('[{"preference": 3}]', "entry 1: expected a preference"),
     ('[{"preference": 1}, {"generator_1": "x"}]', "entry 2: expected a preference"),
     ('[7]', "entry 1"), ("[]", "annotations of no model"),
-    ('[{"preference": "2"}]', "entry 1"), ("[{", "line 1")])
+    ('[{"preference": "2"}]', "entry 1"), ('[{"preference": NaN}]', "entry 1"), ("[{", "line 1")])
 def test_broken_annotations_are_named(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(InputError, match=message):
@@ -139,7 +139,7 @@ def test_broken_annotations_are_named(tmp_path, content, message):
 
 
 def test_annotations_that_all_failed_have_no_win_rate(monkeypatch, capsys, tmp_path):
-    (tmp_path / "a.json").write_text('[{"preference": null}, {"preference": NaN}]')
+    (tmp_path / "a.json").write_text('[{"preference": null}, {"preference": null}]')
     figures = winrate(monkeypatch, capsys, "--annotations", tmp_path / "a.json")
     assert figures["win_rate"] is None and figures["n"] == 0 and figures["failed"] == 2
 
@@ -280,7 +280,7 @@ def test_one_question_that_is_refused_is_left_open_and_does_not_stop_the_others(
     command = (*write_outputs(tmp_path), "--judge", server.url, "--judge-model", "m")
     figures = winrate(monkeypatch, capsys, *command)
     assert figures["n"] == 5 and figures["failed"] == 1 and len(server.requests) == 12
-    assert "2 questions were not answered, for example 'HTTP 400 too long'" in figures["said"]
+    assert "2 questions have no verdict, for example 'HTTP 400 too long'" in figures["said"]
     unfit = False
     assert winrate(monkeypatch, capsys, *command)["n"] == 6 and len(server.requests) == 14
 
@@ -295,7 +295,7 @@ def test_a_reply_that_cannot_be_parsed_is_counted_shown_and_asked_again(
     for asked in (12, 18):
         figures = winrate(monkeypatch, capsys, *command)
         assert figures["n"] == 3 and figures["failed"] == 3 and len(server.requests) == asked
-        assert "6 replies could not be parsed, for example " in figures["said"]
+        assert "6 questions have no verdict, for example " in figures["said"]
     strange.clear()
     assert winrate(monkeypatch, capsys, *command)["n"] == 6 and len(server.requests) == 24
 
