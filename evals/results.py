@@ -159,9 +159,9 @@ def item_values(header: dict, records: list[dict]) -> dict[str, tuple[float, str
     return values
 
 
-def rows(base: dict, run: dict) -> list[tuple]:
-    """The table of two measures: subset (None: all), n, base, run, difference, its interval's ends;
-    over the items that both have.
+def rows(base: dict, run: dict) -> Iterator[tuple]:
+    """The table of two measures, row by row: subset (None: all), n, base, run, difference,
+    its interval's ends; over the items that both have.
 
     InputError where the files were made so differently that pairing them would mislead.
     """
@@ -174,11 +174,10 @@ def rows(base: dict, run: dict) -> list[tuple]:
              for key, (value, subset) in base["values"].items() if key in run["values"]]
     if not pairs:
         raise InputError(f"{run['file']}: no question in common with {base['file']}")
-    names, table = sorted({subset for subset, *_ in pairs} - {None}), []
+    names = sorted({subset for subset, *_ in pairs} - {None})
     for name in [None] + (names if len(names) > 1 else []):
         one, other = zip(*(values for subset, *values in pairs if name in (None, subset)))
-        table.append((name, len(one), np.mean(one), np.mean(other), *paired(one, other)))
-    return table
+        yield name, len(one), np.mean(one), np.mean(other), *paired(one, other)
 
 
 def compare(base_path: str, run_paths: list[str]):
@@ -188,15 +187,12 @@ def compare(base_path: str, run_paths: list[str]):
     print(f"{'':42} {'n':>5} {'base':>7} {'run':>7} {'run - base':>11} {'95 % interval':>17}")
     for path in run_paths:
         print(path)
-        for label in sorted(base.keys() | sides[path].keys()):
-            if label not in base or label not in sides[path]:
-                print(f"  {label}: only in {base_path if label in base else path}")
-                continue
+        for label in sorted(base.keys() & sides[path].keys()):
             for name, n, *figures in rows(base[label], sides[path][label]):
                 one, other, change, low, high = (f"{100 * x:.2f}" for x in figures)
                 print(f"  {label if name is None else f'  {name}':40} {n:5} {one:>7} {other:>7} "
                       f"{change:>11} {f'[{low}, {high}]':>17}")
-    print("\nPer cent, over the questions that both sides have. Intervals: of the difference.")
+    print("\nPer cent, over what both sides have measured and asked. Interval: of the difference.")
     for path, side in sides.items():
         for label, measured in sorted(side.items()):
             print(f"{path}: {label}: {measured['header']['command']}")

@@ -124,7 +124,7 @@ def test_the_table_pairs_by_question_and_shows_every_command(tmp_path, capsys):
 def table(base, run) -> dict:
     """The rows of every measure that two paths both have."""
     base, run = results.read_results(base), results.read_results(run)
-    return {label: results.rows(base[label], run[label]) for label in base if label in run}
+    return {label: list(results.rows(base[label], run[label])) for label in base if label in run}
 
 
 def test_folders_are_compared_measure_by_measure(tmp_path, capsys):
@@ -135,7 +135,8 @@ def test_folders_are_compared_measure_by_measure(tmp_path, capsys):
     (row,) = table(tmp_path / "base", tmp_path / "run")["gsm8k"]
     assert row[:5] == (None, 2, 0.5, 1.0, 0.5)
     results.compare(str(tmp_path / "base"), [str(tmp_path / "run")])
-    assert f"  math: only in {tmp_path / 'run'}" in capsys.readouterr().out.split("\n")
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[3] == "" and f"{tmp_path / 'run'}: math: c1" in lines      # 1 row, all commands
     write_results(tmp_path / "run" / "again.jsonl", [[1]])
     with pytest.raises(InputError, match="gsm8k is in .*again.jsonl already"):
         results.read_results(tmp_path / "run")
