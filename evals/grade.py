@@ -40,7 +40,6 @@ def code_of(answer: str, wanted: str = "") -> str:
     is never closed ends with the answer.
     """
     names = set(re.findall(r"\w+", wanted))
-    answer = re.sub(r"\[/?PYTHON\]", "```", answer)
     blocks = [re.sub(f"^{' ' * len(before)}", "", block, flags=re.MULTILINE)
               for before, _, block in FENCE.findall(answer) if block.strip()]
     if not blocks:
@@ -68,8 +67,8 @@ def humaneval_program(problem: dict, answer: str) -> dict:
     """
     code, entry = code_of(answer, problem["entry_point"]), problem["entry_point"]
     code = code if DEFINES.search(code) else as_body(code)
-    future = "".join(FUTURE.findall(code))                   # has to be a program's first line
-    return {"answer": f"{future}{problem['prompt']}{FUTURE.sub('', code)}\n",
+    code = FUTURE.sub("", code)                              # could only be a program's first line
+    return {"answer": f"from __future__ import annotations\n{problem['prompt']}{code}\n",
             "helpers": problem["prompt"], "names": [entry],
             "tests": f"{problem['test']}\ncheck({entry})\n"}
 
