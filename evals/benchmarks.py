@@ -3,8 +3,6 @@
 gsm8k and tiny by exact match of numbers, math by the values of what is boxed (math-verify),
 humaneval and mbpp by running their tests (grade.py).
 """
-from collections import Counter
-
 from evals import grade
 from plumbing.chat import fill
 from plumbing.data import query_of, read_entries
@@ -92,13 +90,13 @@ def run_references(file: str):
     print(grade.isolation())
     humaneval = any("entry_point" in str(entry) for _, entry in read_entries(file))
     name, solution = ("humaneval", "canonical_solution") if humaneval else ("mbpp", "code")
-    problems, ended = read_problems(name, file, None)[0], Counter()
+    problems, passed = read_problems(name, file, None)[0], 0
     for problem in problems:
-        passed, reason = is_right(name, problem, problem["problem"].get(solution, ""), cut=False)
-        ended[reason] += 1
-        if not passed:
+        right, reason = is_right(name, problem, problem["problem"].get(solution, ""), cut=False)
+        passed += right
+        if not right:
             print(f"{problem['problem']['task_id']}: {reason}")
-    print(f"{ended['passed']} of {len(problems)} reference solutions pass")
+    print(f"{passed} of {len(problems)} reference solutions pass")
 
 
 def scores(records: list[dict], samples: int) -> dict[str, list[float]]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from plumbing.files import InputError, read_json
 from plumbing.runs import read_lines
 
-HERE = Path(__file__).resolve().parent
 MOST = 20 * 10**6                    # bytes of samples in a page
 CURVES = ("step", "reward", "quality", "kl_solver", "kl_challenger", "distinct_queries", "overlap")
 SHOWN = ("step", "query", "gold", "kind", "query_stopped", "trained_on", "challenger_advantage")
@@ -38,7 +37,7 @@ def page(folders: list[Path], most: int = MOST) -> str:
         runs.append({"name": folder.name, "algo": settings["algo"],
                      "metrics": {key: [m.get(key) for m in metrics] for key in CURVES},
                      "evals": read_lines(folder / "eval.jsonl")})
-    template = (HERE / "page.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # "<" and the line separators would end the script element or the string.
     text = lambda value: json.dumps(value).replace("<", "\\u003c")
     last = max((step for by_step in samples for step in by_step), default=1)
