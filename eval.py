@@ -164,7 +164,7 @@ def benchmark(args):
     args.max_new_tokens = args.max_new_tokens or benchmarks.TOKENS[name]
     problems, prompt = benchmarks.read_problems(name, args.prompts, args.limit)
     if name in benchmarks.CODE:
-        print(grade.isolation())
+        print(grade.ISOLATION[grade.containment()])
     out, queries = Path(args.out), [problem["query"] for problem in problems]
     records = results.resume(out, made_by(args, name, queries, samples=samples, prompt=prompt))
     for i, answers in answer(args, queries, {record["item"] for record in records}, samples):
@@ -212,7 +212,7 @@ def make_parser() -> Parser:
     new("--prompts", required=True, help="AlpacaEval's instructions: JSON list or JSON lines")
     add_sampling(new, temperature=0.01, tokens=1024)
     new = add("benchmark", benchmark, "answer problems that have a right answer")
-    new("name", choices=benchmarks.NAMES)
+    new("name", choices=benchmarks.TOKENS)
     new("--prompts", help="the data set: JSON list or JSON lines")
     new("--samples", type=int, default=1, help="answers a problem, for pass@k")
     new("--allow-code", action="store_true", help="run programs that the model wrote")

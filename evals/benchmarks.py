@@ -20,9 +20,7 @@ FIELDS = {
     "mbpp": ("prompt", "code", "test_list"),       # the full data set: text
 }
 TOKENS = {"gsm8k": 512, "math": 1024, "humaneval": 768, "mbpp": 768, "tiny": 5}
-NAMES = tuple(TOKENS)
 CODE = ("humaneval", "mbpp")
-PASS_AT = (1, 5, 10, 100)
 
 
 def read_problems(name: str, path: str | None, limit: int | None) -> tuple[list[dict], str | None]:
@@ -87,7 +85,7 @@ def is_right(name: str, problem: dict, answer: str, *, cut: bool) -> tuple[bool,
 
 def run_references(file: str):
     """Run a file's reference solutions: where they pass, the sandbox is no hindrance to answers."""
-    print(grade.isolation())
+    print(grade.ISOLATION[grade.containment()])
     humaneval = any("entry_point" in str(entry) for _, entry in read_entries(file))
     name, solution = ("humaneval", "canonical_solution") if humaneval else ("mbpp", "code")
     problems, passed = read_problems(name, file, None)[0], 0
@@ -104,4 +102,4 @@ def scores(records: list[dict], samples: int) -> dict[str, list[float]]:
     if samples == 1:
         return {"accuracy": [float(record["correct"][0]) for record in records]}
     return {f"pass@{k}": [grade.pass_at_k(samples, sum(record["correct"]), k) for record in records]
-            for k in sorted({k for k in PASS_AT if k <= samples} | {samples})}
+            for k in sorted({k for k in (1, 5, 10, 100) if k <= samples} | {samples})}

@@ -23,7 +23,7 @@ ASSIGNED = re.compile(r"^(\w+) *=(?!=)", re.MULTILINE)
 FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 PROBE = {"answer": "import collections, decimal, heapq, math, re, typing\nf = lambda: 1",
          "helpers": "", "tests": "assert f() == 1", "names": ["f"]}
-ISOLATION = {
+ISOLATION = {                                   # sandbox.py's containments, for the reader
     "namespaces": "programs run in Linux namespaces with limits, without network and home folder",
     "limits": "programs run with limits alone: this stops accidents, not attackers",
 }
@@ -95,11 +95,6 @@ def mbpp_program(problem: dict, answer: str) -> dict:
 def containment() -> str:
     """The better of sandbox.py's containments: namespaces, where a harmless program passes."""
     return "namespaces" if run_program(PROBE, seconds=30, kind="namespaces")[0] else "limits"
-
-
-def isolation() -> str:
-    """One line for the reader: how programs are contained on this machine."""
-    return ISOLATION[containment()]
 
 
 def run_program(program: dict, *, seconds: float = 10,

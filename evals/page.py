@@ -12,14 +12,13 @@ from pathlib import Path
 from plumbing.files import InputError, read_json
 from plumbing.runs import read_lines
 
-MOST = 20 * 10**6                    # bytes of samples in a page
 CURVES = ("step", "reward", "quality", "kl_solver", "kl_challenger", "distinct_queries", "overlap")
 SHOWN = ("step", "query", "gold", "kind", "query_stopped", "trained_on", "challenger_advantage")
 OF_ANSWERS = ("answer", "stopped", "reward", "quality", "advantage", "judgement", "reason",
               "failure")
 
 
-def page(folders: list[Path], most: int = MOST) -> str:
+def page(folders: list[Path], most: int = 20 * 10**6) -> str:
     """The page of one run or two: samples of only every k-th step where all would exceed `most`
     bytes. InputError for a folder that holds no run."""
     runs, samples = [], []

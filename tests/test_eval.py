@@ -200,7 +200,8 @@ def test_programs_run_only_when_allowed_and_pass_at_k_is_unbiased(monkeypatch, c
         command(monkeypatch, capsys, *flags)
     said = command(monkeypatch, capsys, *flags, "--allow-code")
     figures = json.loads(said.split("\n")[-2])
-    assert figures["pass@1"] == 50 and figures["pass@4"] == 100 and grade.isolation() in said
+    assert figures["pass@1"] == 50 and figures["pass@4"] == 100
+    assert grade.ISOLATION[grade.containment()] in said
     record = results.read_lines(tmp_path / "r.jsonl")[1]
     assert record["correct"] == [True, False, False, True]
     assert "assert add(2, 3) == 5" in record["query"]
