@@ -249,8 +249,6 @@ def by_endpoint(endpoint: Endpoint, prompt: str, left: list[Question], write, co
     lock = threading.Lock()
 
     def work(pair, first):
-        if endpoint.stop.is_set():                                      # another one failed
-            return
         same = pair["a"] == pair["b"]                                   # nothing to ask
         record = {} if same else endpoint.ask(asked(prompt, pair, first))
         share = 0.5 if same else SHARES.get(parse_preference(record.get("reply")))
@@ -264,3 +262,4 @@ def by_endpoint(endpoint: Endpoint, prompt: str, left: list[Question], write, co
                 future.result()
         finally:                        # Ctrl-C too: what is under way is still written
             endpoint.stop.set()
+            pool.shutdown(cancel_futures=True)
