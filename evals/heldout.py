@@ -42,7 +42,7 @@ def look(game, run, step: int):
     record = {"step": step}
     if game.held_out:
         known = read_lines(run.folder / "eval_samples.jsonl")
-        start = [line for line in known if line["step"] == 0] or None
+        start = [line["reward"] for line in known if line["step"] == 0]
         figures, answered = evaluate(game, game.held_out, start)
         record |= figures
         run.append("eval_samples.jsonl", [{"step": step} | line for line in answered])
@@ -53,12 +53,12 @@ def look(game, run, step: int):
         print(log.eval_lines(game.settings, record), flush=True)
 
 
-def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list[dict]]:
+def evaluate(game, held_out: list, start: list[float | None]) -> tuple[dict, list[dict]]:
     """Greedy answers to held-out prompts: mean reward, win-rate against the start's answers.
 
     A win is a higher reward for the same prompt, a tie counts half. The reward is the run's own, so
     a rise here can still be a weakness of the reward. Returns the figures, and what was answered:
-    a record a prompt. start: those records of the starting model; None: this is the start.
+    a record a prompt. start: the starting model's rewards (None: not a number); []: this is it.
     """
     queries, golds = map(list, zip(*held_out))
     answers, stopped = greedy(game, queries, 64)
@@ -66,8 +66,7 @@ def evaluate(game, held_out: list, start: list[dict] | None) -> tuple[dict, list
     ours = rewards.score(game.reward, queries, answers, golds, stopped)                    # (len,)
     answered = [{"query": q, "answer": a, "reward": r}
                 for q, a, r in zip(queries, answers, ours.tolist())]
-    theirs = torch.tensor([math.nan if record["reward"] is None else record["reward"]
-                           for record in start or answered])                               # (len,)
+    theirs = torch.tensor([math.nan if r is None else r for r in start or ours.tolist()])  # (len,)
     wins = (ours > theirs).float() + (ours == theirs).float() / 2
     figures = {"reward": ours.mean().item(), "win_rate": wins.mean().item(), "n": len(held_out)}
     return figures, answered

@@ -294,11 +294,11 @@ def test_win_rate_counts_ties_half_and_cut_off_answers_as_wrong(monkeypatch):
     held_out = [("q", "1")] * 4
     ends = torch.tensor([True, True, True, False])           # the last one was cut off
     monkeypatch.setattr(heldout, "greedy", lambda game, queries, _: (list("1101"), ends))
-    start = [{"reward": r} for r in (0.0, 1.0, 1.0, 0.0)]
+    start = [0.0, 1.0, 1.0, 0.0]
     figures, answered = heldout.evaluate(game, held_out, start)      # win, tie, loss, tie
     assert figures == {"reward": 0.5, "win_rate": 0.5, "n": 4}
     assert [a["reward"] for a in answered] == [1, 1, 0, 0]
-    assert heldout.evaluate(game, held_out, None)[0]["win_rate"] == 0.5
+    assert heldout.evaluate(game, held_out, [])[0]["win_rate"] == 0.5
 
 
 # ---------------------------------------------------------------- real data, with --assets
