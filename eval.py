@@ -5,7 +5,7 @@
     python eval.py winrate --annotations FILE                # AlpacaEval's own, published or yours
     python eval.py benchmark gsm8k --model M --prompts gsm8k_test.jsonl --out M/gsm8k.jsonl
     python eval.py compare base M                            # folders, or files, of results
-    python eval.py plot base M --out bars.png                # and curves: plot runs/tiny-lsp-*
+    python eval.py plot runs/tiny-lsp-* --out curves.png     # training curves
 
 What is measured is written as it comes; the same command again goes on where it was interrupted.
 """
@@ -244,8 +244,8 @@ def make_parser() -> Parser:
     new("base", help="a result file, or a folder of them")
     new("runs", nargs="+", help="the same of what is compared with it")
     new = add("plot", lambda args: plot.plot(args.runs, args.out),
-              "training curves, or bars of results")
-    new("runs", nargs="+", help="run folders; or result files or folders of them")
+              "training curves")
+    new("runs", nargs="+", help="run folders")
     new("--out", default="curves.png", help="the picture (png, pdf or svg)")
     return parser
 

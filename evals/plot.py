@@ -1,4 +1,4 @@
-"""Figures: training curves of runs, and what was measured as bars with their intervals.
+"""Figures: training curves of runs.
 
 What `python eval.py plot` calls; needs matplotlib. Runs whose folders differ only in a last number
 (tiny-lsp-1, tiny-lsp-2) are seeds of one setting: thin lines, and their mean as a thick one. A
@@ -6,13 +6,9 @@ figure has at most four panels, so that a projector can show it. Further panels 
 curves.png, curves-2.png, ...
 """
 import re
-import textwrap
 from functools import reduce
 from pathlib import Path
 
-import numpy as np
-
-from evals.results import interval, mean_error, read_results
 from plumbing.files import InputError, read_json
 from plumbing.runs import read_lines
 
@@ -42,8 +38,6 @@ PANELS = [
 ]
 
 
-# ---------------------------------------------------------------- curves
-
 def series(records: list[dict], *keys: str) -> tuple[list, list]:
     """Steps and values of a nested entry, where there is one."""
     entry = lambda record: reduce(lambda value, key: (value or {}).get(key), keys, record)
@@ -64,26 +58,19 @@ def pyplot():
     except ImportError:
         raise InputError("plot needs matplotlib: pip install matplotlib") from None
     pyplot.switch_backend("Agg")
-    pyplot.style.use("tableau-colorblind10")                # of bars
     pyplot.rcParams.update({"font.size": 14, "axes.grid": True, "axes.axisbelow": True,
                             "grid.alpha": 0.3, "lines.linewidth": 2.5})
     return pyplot
 
 
-def save(figure, out: str):
+def save(figure, out: Path):
     try:
         figure.savefig(out, dpi=110)
     except (OSError, ValueError) as error:
         raise InputError(f"--out {out}: {error}") from None
 
 
-def plot(paths: list[str], out: str):
-    """Curves where the paths are run folders; bars where they are result files, or folders."""
-    draw = curves if all((Path(path) / "config.json").exists() for path in paths) else bars
-    draw(paths, out)
-
-
-def curves(folders: list[str], out: str):
+def plot(folders: list[str], out: str):
     """Draw every panel that the runs have something for."""
     groups, styles, panels = {}, {}, []
     for folder in map(Path, folders):
@@ -134,39 +121,3 @@ def draw_panels(panels: list[tuple], out: str):
         file = path.with_stem(f"{path.stem}-{first // 4 + 1}") if first else path
         save(figure, file)
         print(f"{file}: {', '.join(title for title, *_ in page)}")
-
-
-# ---------------------------------------------------------------- bars
-
-def bars(paths: list[str], out: str):
-    """A group of bars for each measure, a bar for each path: means with 95 % intervals.
-
-    Where there is a single measure, its subsets (AlpacaEval's five, carry classes) follow it.
-    """
-    plt, sides = pyplot(), {path: read_results(path) for path in paths}
-    labels = sorted({label for side in sides.values() for label in side})
-    groups = {label: {} for label in labels}                 # {label: {path: values}}
-    for path, side in sides.items():
-        for label, measure in side.items():
-            for value, subset in measure["values"].values():
-                for group in (label, subset) if subset and len(labels) == 1 else (label,):
-                    groups.setdefault(group, {}).setdefault(path, []).append(value)
-    size = (4 + 1.4 * len(groups) * len(sides) ** 0.5, 5)
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    width = 0.8 / len(sides)
-    for number, path in enumerate(sides):
-        here = [(i, group[path]) for i, group in enumerate(groups.values()) if path in group]
-        places = [i + (number - (len(sides) - 1) / 2) * width for i, _ in here]
-        means = 100 * np.array([mean_error(values)[0] for _, values in here])
-        ends = 100 * np.array([interval(values) for _, values in here]).T        # (2, bars)
-        drawn = axis.bar(places, means, width, yerr=abs(ends - means), capsize=3, label=path)
-        axis.bar_label(drawn, fmt="%.1f", padding=2, fontsize=12)
-    axis.set_xticks(range(len(groups)), [textwrap.fill(label, 16) for label in groups])
-    axis.set(xlabel="measure", ylabel="per cent, 95 % interval")
-    if any(label.startswith("win-rate") for label in labels):
-        axis.axhline(50, color="black", linewidth=0.8, linestyle="--")       # neither is preferred
-    axis.margins(y=0.15)
-    axis.set_ylim(bottom=0)
-    figure.legend(loc="outside right upper")
-    save(figure, out)
-    print(f"{out}: {len(groups)} groups of bars, {len(sides)} bars each")

@@ -18,7 +18,7 @@ FOLDERS = ("plumbing", "evals", "tiny")
 MAY_KNOW = {"lsp": set(), "model": set(), "sample": {"model"}, "rewards": {"model", "sample"}}
 # Limits in code lines. The total and the tests are above their aims, 4,700 and 7,000: their limits
 # are what there is today, so that they can only shrink.
-ROOT_LIMIT, TOTAL_LIMIT, FILE_LIMIT, TESTS_LIMIT = 1550, 4850, 350, 7137
+ROOT_LIMIT, TOTAL_LIMIT, FILE_LIMIT, TESTS_LIMIT = 1550, 4717, 350, 7055
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER, tokenize.ENCODING}
 

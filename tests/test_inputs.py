@@ -160,7 +160,8 @@ def test_bad_input_to_a_run_is_refused_in_one_line(folder, monkeypatch, capsys, 
 
 @pytest.mark.parametrize("flags, message", [
     (["--model", "rm", "hi"], "rm is a reward model"), (["--model", "bare", "hi"], "no such file"),
-    (["--model", "m", "hi\udcff"], "fails on the text"), (["--model", "m", "ab " * 3000], "context"),
+    (["--model", "m", "hi\udcff"], "fails on the text"),
+    (["--model", "m", "ab " * 3000], "context"),
     (["--model", "m", "hi", "--task", "x"], "--task is for --challenger"),
     (["--model", "m", "hi", "--seed", str(2**70)], "--seed"),
     (["--model", "m", "--challenger", "--challenger-prompt", "plain.txt", "--task", "x"],
