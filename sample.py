@@ -27,14 +27,7 @@ from plumbing.batches import take_batch
 from plumbing.cache import Cache, prefill
 from plumbing.chat import Tokenizer, fill
 from plumbing.cli import Parser, run_script
-from plumbing.files import (
-    InputError,
-    find_model,
-    pick_device,
-    preset_of,
-    prompt_file,
-    read_prompt,
-)
+from plumbing.files import InputError, find_model, pick_device, preset_of, prompt_file, read_prompt
 
 
 @dataclass

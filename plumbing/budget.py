@@ -25,14 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from plumbing import logprobs
 from plumbing.cache import prefill
 from plumbing.config import Config
-from plumbing.files import (
-    HERE,
-    InputError,
-    find_model,
-    pick_device,
-    prompt_file,
-    read_prompt,
-)
+from plumbing.files import HERE, InputError, find_model, pick_device, prompt_file, read_prompt
 from plumbing.log import wrapped
 
 CUDA = 0.7e9                 # bytes of CUDA's context, kernels and cuBLAS workspaces

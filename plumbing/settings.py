@@ -9,14 +9,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from plumbing.files import (
-    NAMES,
-    InputError,
-    find_model,
-    pick_device,
-    preset_of,
-    read_json,
-)
+from plumbing.files import NAMES, InputError, find_model, pick_device, preset_of, read_json
 
 # What the method's files offer, by name (tests/test_house.py holds the two sides together).
 KL_ESTIMATORS = ("k2", "k2-seq", "k3", "paper")              # lsp.py

@@ -16,9 +16,8 @@ METHOD = {"lsp", "model", "sample", "rewards", "train", "rlpt", "eval"}
 FOLDERS = ("plumbing", "evals", "tiny")
 # What a root file may know of the other root files: only those that come before it.
 MAY_KNOW = {"lsp": set(), "model": set(), "sample": {"model"}, "rewards": {"model", "sample"}}
-# Limits in code lines. The total and the tests are above their aims, 4,700 and 7,000: their limits
-# are what there is today, so that they can only shrink.
-ROOT_LIMIT, TOTAL_LIMIT, FILE_LIMIT, TESTS_LIMIT = 1550, 4717, 350, 7055
+# Limits in code lines.
+ROOT_LIMIT, TOTAL_LIMIT, FILE_LIMIT, TESTS_LIMIT = 1550, 4700, 350, 7047
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER, tokenize.ENCODING}
 

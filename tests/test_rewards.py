@@ -16,15 +16,7 @@ from model import load_model
 from plumbing.chat import Tokenizer, without_tags
 from plumbing.cli import RunStopped
 from plumbing.files import HERE, InputError, read_prompt
-from rewards import (
-    SELF_REWARD,
-    Judge,
-    boxed,
-    exact,
-    fill_unparsed,
-    final_number,
-    parse_self_reward,
-)
+from rewards import SELF_REWARD, Judge, boxed, exact, fill_unparsed, final_number, parse_self_reward
 from sample import Completion
 
 SEVEN = "<Calculation>1+0+1+0+1+1+0=4</Calculation>"
