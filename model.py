@@ -26,7 +26,7 @@ from plumbing.cache import Cache, Continuation, Prompts
 # A checkpoint is weights and tokenizer: one room opens both.
 from plumbing.chat import Tokenizer  # noqa: F401
 from plumbing.config import Config, dtype_name, parse_config
-from plumbing.files import POINTER, PROMPTS, InputError, read_json
+from plumbing.files import POINTER, PROMPTS, InputError, check_regular, read_json
 from plumbing.logprobs import wide
 
 # What save_model carries over from the source directory,
@@ -290,6 +290,7 @@ def load_model(path, *, device="cpu", dtype=torch.float32, writes: bool = False)
         model = Llama(config)
     state = {}
     for file in weight_files(path):
+        check_regular(file)
         try:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():

@@ -123,8 +123,9 @@ class Tokenizer:
             older = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | older
         named = {key: settings.get(key) or older.get(key)
                  for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return {key: value.get("content") if isinstance(value, dict) else value
-                for key, value in named.items() if value}
+        names = {key: value.get("content") if isinstance(value, dict) else value
+                 for key, value in named.items()}
+        return {key: name for key, name in names.items() if isinstance(name, str) and name}
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids: no BOS, and a special token's name becomes ordinary tokens."""
