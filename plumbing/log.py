@@ -4,7 +4,7 @@ import math
 import textwrap
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -170,8 +170,7 @@ def record(game, run, step: int, r, learnt: dict):
     if sum(p.numel() for p in game.policy.parameters()) >= LARGE:
         print(speed_line(m))
     if step % 10 == 0 or game.shown in (1, 5):
-        passed = time.monotonic() - game.begun
-        left = (s.steps - step) * passed / game.shown
+        passed, left = time.monotonic() - game.begun, (s.steps - step) * m["seconds"]
         duration = lambda seconds: timedelta(seconds=round(seconds))
         print(f"{example(r, step)}\n{'':10}elapsed {duration(passed)}, about {duration(left)} left",
               flush=True)
@@ -276,9 +275,10 @@ def eval_lines(s, record: dict) -> str:
 
 
 def opening_lines(s, folder: Path) -> str:
-    """All settings of a run, and how it is stopped and resumed."""
-    said = " ".join(f"{k}={value}" for k, value in asdict(s).items() if value is not None)
-    return "\n".join((wrapped(said, "settings      "),
+    """Model, algorithm, seed and what is not a default of --help; how to stop and to resume."""
+    said = [f"{f.name}={getattr(s, f.name)}" for f in fields(s)
+            if f.name in ("model", "algo", "seed") or getattr(s, f.name) != f.default]
+    return "\n".join((wrapped(" ".join(said), "settings      "),
                       "to stop       Ctrl-C: the phase ends, and a checkpoint is saved",
                       f"to go on      python train.py --resume {folder}"))
 
