@@ -145,7 +145,7 @@ class Weighed(phases.Phases):
         self.peak_gb[name] = max(accumulate(size for _, size in events)) / GB
 
 
-SHAPE = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5,
+SHAPE = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
 
 

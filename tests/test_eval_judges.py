@@ -138,12 +138,6 @@ def test_broken_annotations_are_named(tmp_path, content, message):
         judges.read_annotations(str(tmp_path / "a.json"))
 
 
-def test_annotations_that_all_failed_have_no_win_rate(monkeypatch, capsys, tmp_path):
-    (tmp_path / "a.json").write_text('[{"preference": null}, {"preference": null}]')
-    figures = winrate(monkeypatch, capsys, "--annotations", tmp_path / "a.json")
-    assert figures["win_rate"] is None and figures["n"] == 0 and figures["failed"] == 2
-
-
 # ---------------------------------------------------------------- pairs and orders
 
 def test_answers_are_paired_by_instruction_whatever_their_order(tmp_path):

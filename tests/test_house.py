@@ -17,7 +17,7 @@ FOLDERS = ("plumbing", "evals", "tiny")
 # What a root file may know of the other root files: only those that come before it.
 MAY_KNOW = {"lsp": set(), "model": set(), "sample": {"model"}, "rewards": {"model", "sample"}}
 # Limits in code lines.
-ROOT_LIMIT, TOTAL_LIMIT, FILE_LIMIT, TESTS_LIMIT = 1550, 4700, 350, 7048
+ROOT_LIMIT, TOTAL_LIMIT, FILE_LIMIT, TESTS_LIMIT = 1550, 4700, 350, 7000
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER, tokenize.ENCODING}
 

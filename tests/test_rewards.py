@@ -277,12 +277,6 @@ def test_the_reward_model_equals_transformers_on_a_chat(tmp_path):
     assert ours.item() == pytest.approx(theirs(ids).logits.item(), abs=1e-4)
 
 
-def test_a_language_model_is_refused_as_a_reward_model(tmp_path):
-    write_checkpoint(tmp_path / "m", "untied")
-    with pytest.raises(InputError, match="not a reward model"):
-        rewards.RewardModel(tmp_path / "m")
-
-
 def test_the_expected_reading_needs_one_token_a_digit(judge, monkeypatch):
     model, tokenizer = judge
     monkeypatch.setattr(tokenizer, "encode", lambda text: [1, 2])
@@ -371,6 +365,5 @@ def test_without_math_verify_a_line_says_how_to_install_it(monkeypatch):
 
 
 def test_the_final_number_of_gsm8k_gold_answers():
-    text = ("Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
-            "Altogether <<48+24=72>>72 clips.\n#### 1,072")
+    text = "Altogether 48 + 24 = <<48+24=72>>72 clips.\n#### 1,072"
     assert final_number(text) == 1072 and final_number("no number") is None

@@ -510,14 +510,6 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(main, tmp_path):
     assert records(tmp_path / "c", "samples.jsonl") != records(tmp_path / "a", "samples.jsonl")
 
 
-def test_another_weight_of_msr_would_be_another_run(main):
-    with pytest.raises(SystemError):
-        main("--out", "a", die_at=3)
-    with pytest.raises(InputError, match="--msr-weight 0.9 would change the run"):
-        main("--resume", "a", "--msr-weight", "0.9")
-    main("--resume", "a")
-
-
 def test_watch_shows_a_round_with_what_really_follows(main, capsys):
     main("--watch")
     said = capsys.readouterr().out

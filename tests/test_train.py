@@ -254,34 +254,6 @@ def test_prompts_come_once_an_epoch_each_time_in_another_order():
     assert len(draw(data, 25, 0, 0)) == 25
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--queries", "1"], "--queries 1"), (["--answers", "1"], "--answers 1: a group to compare"),
-    (["--temperature", "0"], "--temperature must be"), (["--temperature", "nan"], "--temperature"),
-    (["--algo", "grpo"], "--prompts"), (["--prompts", "x"], "--prompts is not used here"),
-    (["--reward", "exact"], "gold answers"),
-    (["--algo", "lsp-zero", "--self-reward", "expected"], "--self-reward"),
-    (["--beta", "-1"], "--beta must be"),
-    (["--kl", "k9"], "--kl"), (["--steps", "two"], "--steps"), (["--nonsense"], "--nonsense"),
-    (["--steps", "0"], "--steps"),
-    (["--learning-rate", "nan"], "--learning-rate"),
-    (["--reward", "nothing/at/all"], "nothing/at/all"),
-    (["--self-reward-prompt", "gone.txt"], "gone.txt"), (["--out", "m"], "m exists already"),
-    (["--reference", "other", "--algo", "lsp-zero"], "another vocabulary"),
-])
-def test_bad_flags_give_one_line_and_touch_nothing(tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.chdir(tmp_path)
-    write_checkpoint(tmp_path / "m", "untied", max_position_embeddings=8192)
-    write_checkpoint(tmp_path / "other", "untied", vocab_size=299)
-    write_checkpoint(tmp_path / "rm", "scalar_head")
-    before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "m", "--reward", "rm", *flags])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run_script(train.main)
-    out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and message in err and err.count("\n") == 1 and out == ""
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_flags_beat_the_models_preset_beats_the_algorithms_beats_the_defaults(tmp_path):
     write_checkpoint(tmp_path / "m", "untied")
     (tmp_path / "m/training.json").write_text(
@@ -433,19 +405,3 @@ def test_every_setting_is_a_flag_with_a_help_text():
                            text=True).stdout
     assert all("--" + name.replace("_", "-") in shown for name in texts)
     assert "N, queries a step (default 8; embedded model: 16)" in shown
-
-
-@pytest.mark.parametrize("preset", [{"kl": "foo"}, {"device": "foo"}, {"queries": True},
-                                    {"queries": "x"}, {"nonsense": 1}])
-def test_a_bad_preset_names_the_file_and_the_setting(tmp_path, preset):
-    write_checkpoint(tmp_path / "m", "untied")
-    (tmp_path / "m/training.json").write_text(json.dumps(preset))
-    with pytest.raises(InputError, match=f"training.json: {next(iter(preset))} "):
-        resolve({"model": str(tmp_path / "m")})
-
-
-def test_a_reward_model_is_refused_as_a_player(world):
-    s, _ = resolve({"model": str(world / "m"), "reward": str(world / "rm"),
-                    "judge": str(world / "rm"), "device": "cpu"})
-    with pytest.raises(InputError, match="rm is a reward model, which cannot write"):
-        train.set_up(s)
