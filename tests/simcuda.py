@@ -131,7 +131,7 @@ def run(func, args, kwargs):
     compute = fp32_product if func in (aten.mm.dtype, aten.mm.dtype_out) else func
     out = compute(*tree_map(unwrap, args), **options)
     if func is aten._to_copy.default:
-        return Sim(out) if to_gpu or target is None and gpu[0] else out
+        return Sim(out) if to_gpu or gpu[0] else out     # .to("cpu") is Sim.to's; C++ means itself
     if func in (aten._local_scalar_dense.default, aten.equal.default):
         return out
     writes = lambda a: a.alias_info is not None and a.alias_info.is_write
@@ -142,7 +142,8 @@ def run(func, args, kwargs):
 
     def wrap(t):
         if isinstance(t, torch.Tensor) and (to_gpu or target is None and any(gpu)):
-            return Sim(t)
+            with torch.inference_mode(False):
+                return Sim(t)
         host = func in (aten.detach.default, aten.alias.default) and isinstance(args[0], Sim)
         return Sim(t, "cpu") if host else t
     return tree_map(wrap, out)

@@ -2,6 +2,8 @@
 import argparse
 import contextlib
 import gc
+import json
+import sys
 import weakref
 
 import pytest
@@ -9,11 +11,13 @@ import simcuda
 import torch
 import torch.nn.functional as F
 from checkpoints import random_llama, write_checkpoint
+from conftest import ROOT
 
+sys.path.append(str(ROOT / "bench"))             # last: as in test_bench.py
 import rewards
 import sample as sampling
 import train as game
-from bench import parity
+from bench import gpu, parity  # noqa: E402
 from plumbing import ranks
 from plumbing.files import find_model, pick_device
 from plumbing.logprobs import log_probs
@@ -190,6 +194,30 @@ def test_the_first_checks_of_the_gpu_benchmark_pass_on_the_pretend_gpu(cuda, mon
     assert found["nothing_stays"]["captures"] > 1 and found["sampler_is_trainer"]["max"] < 1e-4
     assert found["update_again_and_offloaded"]["again"]["largest"] == 0
     assert "logp" in found["attention_backends"]["chosen by PyTorch"]
+
+
+def test_the_gpu_benchmarks_steps_and_updates_run_on_the_pretend_gpu(cuda, monkeypatch, capsys):
+    """A whole step in 80 GB and, offloaded, in 24; the update both ways; log-probs."""
+    sizes = {"queries": 2, "query_tokens": 5, "answer_tokens": 6, "judge_tokens": 4,
+             "prompt_tokens": 9, "new_tokens": 8, "mean_tokens": 3}
+    args = argparse.Namespace(shape="tiny", layers=1, vocabulary=None, where=simcuda.CUDA,
+                              dtype=torch.bfloat16, batch_tokens=None, micro_batch_tokens=None,
+                              **sizes)
+    made, rows = gpu.random_llama, []
+    host = argparse.Namespace(**vars(args) | {"where": torch.device("cpu")})
+    monkeypatch.setattr(gpu, "random_llama", lambda _, **how: simcuda.to_gpu(made(host, **how)))
+    for name in ("set_per_process_memory_fraction", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    with simcuda.Mode():
+        for args.limits in ([80.0], [24.0]):
+            gpu.step_child(args)
+        for section in (gpu.update_section, gpu.logp_section):
+            section(args, {"tflop_s": 1.0}, rows.append)
+    steps = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["offload"] for row in steps] == [False, False, True, True]
+    assert not any(row["faults"] for row in steps) and steps[0]["tokens"]["solve"] == 64 * 6
+    assert max(row["logp_difference"] for row in steps) < 0.05 and rows[2]["mean"] < 0.05
+    assert [row["offload"] for row in rows[:2]] == [False, True]
 
 
 def test_set_up_on_a_gpu_limits_its_memory_and_loads_every_model_there(cuda, tmp_path, monkeypatch):

@@ -224,7 +224,7 @@ def test_a_strangers_preset_sets_no_path_and_no_absurd_number(tmp_path, preset, 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json",
                                   "generation_config.json", "special_tokens_map.json",
-                                  "chat_template.jinja", "training.json"])
+                                  "chat_template.jinja", "training.json", "model.safetensors"])
 def test_a_pipe_is_refused_by_name(tmp_path, name):
     write_checkpoint(tmp_path / "m", "untied")
     file = tmp_path / "m" / name

@@ -1,7 +1,6 @@
 """The game as a whole: what is drawn, weighed and recorded, and what the metrics say."""
 import copy
 import json
-import os
 import sys
 from collections import Counter
 
@@ -315,12 +314,3 @@ def test_logits_that_are_not_finite_are_refused_in_a_line(llama):
     for temperature in (0, 1.0):
         with pytest.raises(InputError, match="the model's logits are not finite"):
             sample(llama, [[1, 2, 3]], max_new_tokens=3, temperature=temperature)
-
-
-@pytest.mark.parametrize("flag", ["--prompts", "--challenger-prompt", "--text"])
-def test_a_pipe_as_a_file_is_refused(tmp_path, flag):
-    os.mkfifo(tmp_path / "pipe")
-    algo = {"--prompts": "grpo", "--text": "rlpt"}.get(flag, "lsp")
-    given = {"algo": algo, flag[2:].replace("-", "_"): str(tmp_path / "pipe")}
-    with pytest.raises(InputError, match="pipe: (not a regular file|no such file or folder)"):
-        players.set_up(resolve(given)[0])
