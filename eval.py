@@ -100,7 +100,7 @@ def generate(args):
 # ---------------------------------------------------------------- win-rates
 
 def winrate(args):
-    """The share of instructions on which the first file's answers are preferred to the second's."""
+    """The fraction of instructions on which the first file's answers are preferred."""
     if args.outputs if args.annotations else len(args.outputs) != 2 or not args.judge:
         raise InputError("winrate takes two files of outputs (the measured model's, the "
                          "baseline's) and a --judge, or --annotations FILE")

@@ -74,7 +74,7 @@ def evaluate(game, held_out: list, start: list[float | None]) -> tuple[dict, lis
 
 def evaluate_world(game) -> dict:
     """The embedded world: greedy accuracy on all held-out sums; what ASKED sampled queries are.
-    In rlpt: greedy accuracy on all held-out stories; the share of predictions that break off."""
+    In rlpt: greedy accuracy on all held-out stories; the fraction of predictions that break off."""
     s, world = game.settings, game.world
     if game.texts:
         tasks = world.held_out_tasks()

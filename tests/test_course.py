@@ -44,7 +44,7 @@ def test_the_curves_that_lectures_expect_are_those_of_the_kept_runs():
     assert "(to .29 in one seed)" in FLAT
     sound = [json.loads(f.read_text().splitlines()[-1])["challenger"]["malformed"]
              for f in (ROOT / "bench/results/break_it").glob("nothing-?/eval.jsonl")]
-    assert max(sound) == 0.033 and "malformed share reaches .033 in seeds 1 to 3" in FLAT
+    assert max(sound) == 0.033 and "malformed fraction reaches .033 in seeds 1 to 3" in FLAT
     assert all(e["challenger"]["malformed"] > 0.5 for run in zero for e in run if e["step"] >= 30)
 
 

@@ -30,10 +30,10 @@ TOKENIZER = Tokenizer(HERE / "rlpt")
 STAGES = [(400, 3e-3, {"judge": 96}),
           (850, 2.2e-3, {"asr": 32, "msr": 32, "judge": 64}),
           (250, 1e-3, {"asr": 40, "msr": 40, "judge": 48})]
-DRILL = (1.0, 0.2, 0.0)                 # share of drills among the judge's rows
-KEEP = (1.0, 1.0, 0.2)                  # share of the carries and borrows that are not denied
+DRILL = (1.0, 0.2, 0.0)                 # fraction of drills among the judge's rows
+KEEP = (1.0, 1.0, 0.2)                  # fraction of the carries and borrows that are not denied
 JUDGE_WEIGHT = 2.0
-PARAPHRASED, LONGER, TRUNCATED = 0.15, 0.34, 0.05      # shares of the predictions
+PARAPHRASED, LONGER, TRUNCATED = 0.15, 0.34, 0.05      # fractions of the predictions
 
 
 # ---------------------------------------------------------------- predictions

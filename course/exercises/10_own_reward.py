@@ -2,7 +2,7 @@
 
 Read first: exercise 5, docs/MANUAL.md (the embedded world); the check plays for a minute.
 
-LSP pays its Challenger -V + V_Q. Others ask no judge; p is the share of the G answers to a query
+LSP pays its Challenger -V + V_Q. Others ask no judge; p is the fraction of the G answers to a query
 that are right:
     R-Zero           1 - 2 |p - 1/2|           uncertainty (and a penalty for repetition)
     SPICE            a bump around Var R = 1/4 the same thought, rounder
