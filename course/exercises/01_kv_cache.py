@@ -1,6 +1,6 @@
 """Exercise 1, 30 minutes: the KV cache.
 
-Read first: model.py (Attention.forward), of cache.py what stands above Cache.write.
+Read first: Attention.forward in model.py, and plumbing/cache.py as far as the head of Cache.write.
 
 A decoder that writes one token at a time would compute the keys and values of the whole text anew
 for each token. The cache keeps them. Write the method that stores the new ones and returns all:

@@ -1,7 +1,7 @@
 """Exercise 7, 30 minutes: log-probs without the logits' memory.
 
-Read first: torch.utils.checkpoint, model.py (recomputed; below it is llama.recomputed, since
-`model` is the Llama at hand).
+Read first: torch.utils.checkpoint, and recomputed in model.py. In this file that function is called
+llama.recomputed, because `model` is the Llama at hand.
 
 A step of 64 answers of 512 tokens with Llama's vocabulary of 128,256 has 16.8 GB of logits in fp32,
 and the loss needs one number a token of them. Make the logits of at most 1,000 tokens at a time,
