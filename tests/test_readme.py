@@ -124,7 +124,7 @@ def test_every_script_and_folder_is_in_the_readmes_tables():
     assert files == {file.name for file in ROOT.glob("*.py")}
     assert folders | {"bench", "tests"} == {
         f.name for f in ROOT.iterdir() if f.is_dir() and any(f.glob("**/*.py")) or f.name in
-        ("prompts", "docs")} - {"runs"}
+        ("prompts", "docs")} - {"runs", ".venv"}
 
 
 @pytest.mark.parametrize("name", [*DOCUMENTS, *EXERCISES])
