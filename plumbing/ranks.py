@@ -54,8 +54,10 @@ def together(main):
     try:
         main()
         exchange(None)                       # rank 0 may still be writing
-        # This ends gloo's threads: one that freed a tensor after Python's end aborted its process.
+        # The process ends here and now: at Python's own end a thread of gloo's can abort it.
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
     except (InputError, RunStopped) as error:
         reason = agreed(error)
         if rank():
