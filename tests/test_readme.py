@@ -163,7 +163,7 @@ def test_the_readme_is_a_tour_and_its_defaults_are_the_settings():
         names = [f.replace("-", "_") for f in re.findall(r"`--([\w-]+)`", flags)]
         for name, said in zip(names, defaults.split(", ")):
             default = str(getattr(Settings(self_reward="generate"), name))
-            assert said == default or said == "the start" and default == "None" or (
+            assert said == default or said == "the starting model" and default == "None" or (
                 float(said) == float(default)), name
 
 
