@@ -282,9 +282,9 @@ def test_speed_and_soak_figures_are_the_stored_ones():
         spread = f"{peer['time_ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         assert cells[3] == spread and cells[4] == str(len(ratios)), spread
     times = {name: row["time_ratio"] for (name, side), row in rows.items() if side != "ours"}
-    assert (f"took it {times['grpo 4 x 8, 64 + 96']:.2f} times as long; transformers' `generate` "
-            f"took {times['4 x 8, 64 + 96']:.2f} times as long for 4 x 8 answers, "
-            f"{times['1 x 1, 64 + 48']:.2f} for one (") in README
+    assert (f"needs {times['grpo 4 x 8, 64 + 96']:.2f} times our time for a GRPO step; "
+            f"transformers' `generate` needs {times['4 x 8, 64 + 96']:.2f} times our time for "
+            f"4 x 8 answers and {times['1 x 1, 64 + 48']:.2f} for one answer (") in README
     soak = json.loads((ROOT / "bench/results/soak.json").read_text())
     assert f"{soak['resident_mb_200']} MB resident after 200" in BENCH
     assert f"{soak['resident_mb_2000']} MB after 2,000" in BENCH
