@@ -243,8 +243,7 @@ def make_parser() -> Parser:
               "before and after, with paired intervals")
     new("base", help="a result file, or a folder of them")
     new("runs", nargs="+", help="the same of what is compared with it")
-    new = add("plot", lambda args: plot.plot(args.runs, args.out),
-              "training curves")
+    new = add("plot", lambda args: plot.plot(args.runs, args.out), "training curves")
     new("runs", nargs="+", help="run folders")
     new("--out", default="curves.png", help="the picture (png, pdf or svg)")
     return parser

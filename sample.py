@@ -223,8 +223,8 @@ def pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, T
     (B, V), (B,) -> (B,), (B,).
 
     Inverse of the cumulative distribution: the first token whose cumulative probability exceeds the
-    row's uniform number. One number a row, where torch.multinomial draws one for every token of the
-    vocabulary.
+    row's uniform number (test_pick_is_the_inverse_of_the_cumulative_distribution). One number a
+    row, where torch.multinomial draws one for every token of the vocabulary.
     """
     scaled = logits if temperature in (0, 1) else logits / temperature
     p = scaled.softmax(-1)                                                   # (B, V)

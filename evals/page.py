@@ -6,7 +6,6 @@ page.html holds the layout and the script. What a model wrote travels as JSON an
 text, so that nothing in it can become markup or run.
 """
 import json
-import math
 from pathlib import Path
 
 from plumbing.files import InputError, read_json
@@ -19,8 +18,8 @@ OF_ANSWERS = ("answer", "stopped", "reward", "quality", "advantage", "judgement"
 
 
 def page(folders: list[Path], most: int = 20 * 10**6) -> str:
-    """The page of one run or two: samples of only every k-th step where all would exceed `most`
-    bytes. InputError for a folder that holds no run."""
+    """The page of one run or two, of at most `most` bytes: samples of only every k-th step where
+    all would not fit. InputError for a folder that holds no run."""
     runs, samples = [], []
     for folder in folders:
         settings = read_json(folder / "config.json")
@@ -40,10 +39,12 @@ def page(folders: list[Path], most: int = 20 * 10**6) -> str:
     # "<" and the line separators would end the script element or the string.
     text = lambda value: json.dumps(value).replace("<", "\\u003c")
     last = max((step for by_step in samples for step in by_step), default=1)
-    every = max(1, math.ceil(len(text(samples)) / (0.9 * most)))     # a tenth for the curves
-    for run, by_step in zip(runs, samples):
-        run["samples"] = {step: records for step, records in by_step.items()
-                          if step % every == 0 or step == last}
-    note = "" if every == 1 else (
-        f"Samples of every {every}th step are shown: all of them would exceed {most / 1e6:g} MB.")
-    return template.replace("{DATA}", text({"runs": runs, "note": note}))
+    for every in range(1, last + 1):
+        for run, by_step in zip(runs, samples):
+            run["samples"] = {step: records for step, records in by_step.items()
+                              if step % every == 0 or step == last}
+        note = "" if every == 1 else (f"Samples of every {every}th step are shown: all of them "
+                                      f"would exceed {most / 1e6:g} MB.")
+        filled = template.replace("{DATA}", text({"runs": runs, "note": note}))
+        if len(filled.encode()) <= most or every == last:
+            return filled
