@@ -93,15 +93,6 @@ def forgets_what_was(self, layer, k, v, slots):
     return cache.Cache.write(self, layer, k, v, slots)
 
 
-def swapped(self, layer, k, v, slots):
-    return cache.Cache.write(self, layer, k, v, slots)[::-1]
-
-
-def normalised(R, R_Q=None):
-    A = lsp.solver_advantages(R, R_Q)
-    return A / (R.std(1, keepdim=True) + 1e-4)
-
-
 def ratio_of(s):
     def loss(logp, ref_logp, advantages, mask, *, beta):
         return -(s(logp, mask) * advantages).mean()
@@ -161,20 +152,23 @@ def padding_trained(model, rows, temperature):
     return logp, torch.ones_like(mask)
 
 
-def zero_sum(R, R_Q=None):
-    return lsp.challenger_advantages(R)
-
-
 MISTAKES = [
-    (1, only_new_keys, "they must see more than themselves"),
+    (1, only_new_keys, "the new tokens must see all earlier ones"),
     (1, write_at_the_end, "rows of unequal length are not"),
     (1, forgets_what_was, "the tokens after it are not"),
-    (1, swapped, "Look at the index first"),
-    (2, normalised, "divided by something, the standard deviation"),
+    (1, lambda *given: cache.Cache.write(*given)[::-1], "Look at the index first"),
+    (1, lambda *given: list(cache.Cache.write(*given)), "a tuple of two tensors"),
+    (2, lambda R, R_Q=None: R - R.mean(0), "over the queries (dim 0)"),
+    (2, lambda R, R_Q=None: lsp.solver_advantages(R, R_Q) / (R.std(1, keepdim=True) + 1e-4),
+     "divided by something, the standard deviation"),
     (2, lambda R, R_Q=None: R - R.mean(), "over all answers of the step"),
     (2, lambda R, R_Q=None: R - R.mean(1, keepdim=True), "not with it"),
     (2, lambda R, R_Q=None: (R - R.mean(1, keepdim=True)) / R.std(1, keepdim=True), "0 / 0"),
     (3, ratio_of(lambda logp, mask: torch.exp(whole(logp, mask))), "must be -A / B"),
+    (3, lambda logp, ref, A, mask, *, beta: -(ratio(logp) * A[:, None] * mask).sum() / mask.sum(),
+     "a mean over all tokens of the batch"),
+    (3, lambda logp, ref, A, mask, *, beta: -(ratio(logp) * A[:, None] * mask).sum() / 3,
+     "one ratio a token"),
     (3, ratio_of(whole), "the gradient is right and the value is not"),
     (3, ratio_of(lambda logp, mask: torch.exp(whole(logp, mask))
                  / torch.exp(whole(logp, mask)).detach()), "0 / 0 is no number"),
@@ -216,7 +210,7 @@ MISTAKES = [
     (8, of_token_numbers, "no token's number may decide"),
     (8, lambda model, rows, _: train.token_log_probs(model, rows, 1.0), "temperature"),
     (8, padding_trained, "padding looks like a stop token"),
-    (10, zero_sum, "a malformed query"),
+    (10, lambda R, R_Q=None: lsp.challenger_advantages(R), "a malformed query"),
     (10, lambda R, R_Q=None: R.mean(1) - R.mean(), "every answer solved is worth most"),
     (10, lambda R, R_Q=None: R_Q.mean(1), "must sum to 0"),
 ]

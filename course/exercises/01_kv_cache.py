@@ -8,8 +8,9 @@ for each token. The cache keeps them. Write the method that stores the new ones 
     self.k[layer], self.v[layer]    (B, K, size, d), allocated once, zeros at first
     k, v                            (B, K, T, d), of the T tokens at hand
     slots                           (B, T), the place of each token in its row; rows may differ
-    self.used                       places in use, those of these tokens included
-    returns                         keys and values of the first `used` places, (B, K, used, d) each
+    self.used                       number of places in use, with these T tokens already counted
+    returns                         a tuple: keys and values of the first `used` places,
+                                    (B, K, used, d) each
 
 Afterwards compare with plumbing.cache.Cache.write.
 """
@@ -42,15 +43,18 @@ def check(write=write):
     def checked(cache, layer, k, v, slots):
         kept = write(cache, layer, k, v, slots)
         wanted = (*k.shape[:2], cache.used, k.shape[3])
-        assert isinstance(kept, tuple) and [tuple(x.shape) for x in kept] == [wanted] * 2, (
-            f"keys and values of shape {wanted} are wanted, all places up to self.used: what is "
-            "returned is what the tokens at hand can see, and they must see more than themselves")
+        assert isinstance(kept, tuple) and len(kept) == 2, (
+            f"return a tuple of two tensors, keys and values; found {type(kept).__name__}")
+        assert [tuple(x.shape) for x in kept] == [wanted] * 2, (
+            f"keys and values of shape {wanted} are wanted, all places up to self.used, found "
+            f"{[tuple(x.shape) for x in kept]}: the new tokens must see all earlier ones, too")
         return kept
 
     cache = new()
     assert same(model(tokens[:, :4], cache=cache), whole[:, :4]), (
         "the first four tokens already get other hidden states than without a cache. Look at the "
-        "index first: slots[b, t] is the place of row b's token t in self.k[layer][b]. "
+        "index first: slots[b, t] is the place of row b's token t in self.k[layer][b] (an index "
+        "like [rows, :, slots] has the shape (B, T, K, d), so k has to be transposed for it). "
         "Then look at what is returned: keys first, then values, in the order of the places")
     one_by_one = [model(tokens[:, t:t + 1], cache=cache) for t in range(4, 9)]
     assert same(torch.cat(one_by_one, 1), whole[:, 4:]), (

@@ -1,6 +1,6 @@
 """Exercise 2, 10 minutes: the Solver's advantages.
 
-Read first: README.md (the equation map).
+Read first: nothing. README.md and lsp.py show the solution: close them.
 
 Each of N queries got G answers. Write the Solver's advantages, Eq. 2-3 of the paper. They say how
 much better an answer is than the others to the same query. With a self-reward R_Q, the reward of an
@@ -22,6 +22,8 @@ def check(solver_advantages=solver_advantages):
     A = solver_advantages(R)
     assert isinstance(A, torch.Tensor) and A.shape == R.shape, (
         f"one advantage an answer: a tensor of shape {tuple(R.shape)} is wanted")
+    assert not torch.allclose(A, R - R.mean(0), atol=1e-4), (
+        "the mean is over the queries (dim 0); it has to be over the answers to a query (dim 1)")
     assert not A.isnan().any(), (
         "a group whose answers all earned the same gives nan: 0 / 0. Nothing is to be divided here")
     assert not torch.allclose(A, R - R.mean(), atol=1e-4), (

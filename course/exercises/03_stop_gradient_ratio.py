@@ -1,6 +1,6 @@
 """Exercise 3, 20 minutes: the ratio whose value is always 1.
 
-Read first: README.md (the equation map), PyTorch's Tensor.detach.
+Read first: PyTorch's Tensor.detach. README.md and lsp.py show the solution: close them.
 
 Eq. 4 without its KL term, for B sequences of at most T tokens:
 
@@ -47,11 +47,17 @@ def check(policy_loss=policy_loss):
     assert not torch.allclose(gradient, wanted / mask.sum(-1, keepdim=True)), (
         "the gradient is divided by the sequence's length: log pi(a) is the sum over the tokens, "
         "not their mean")
+    assert not torch.allclose(gradient, -(A[:, None] * mask) / mask.sum()), (
+        "a mean over all tokens of the batch, as many GRPO codes take it: Eq. 4 sums over tokens "
+        "and takes the mean over sequences")
     assert not torch.allclose(gradient * 3, wanted), "divided by B twice"
     assert not torch.allclose(gradient, 3 * wanted), "a sum over sequences: take the mean"
     assert torch.allclose(gradient, wanted), (
         f"d loss / d logp must be -A / B on every token of the sequence; for the first one, with "
         f"A = 1, that is -0.333, found {gradient[0, 0]:.3f}")
+    assert not torch.allclose(loss, -(A * mask.sum(-1)).mean()), (
+        "the gradient is right and the value is not: this is one ratio a token. Eq. 4 has one "
+        "ratio a sequence")
     assert torch.allclose(loss, -A.mean()), (
         f"the gradient is right and the value is not: the ratio is 1, so the loss is -mean(A) = "
         f"{-A.mean():.3f}, found {loss:.3f}")

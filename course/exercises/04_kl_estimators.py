@@ -1,6 +1,6 @@
-"""Exercise 4, 30 minutes: KL estimators, and why the printed one does nothing.
+"""Exercise 4, 30 minutes: three KL estimators, and what each one does as a loss.
 
-Read first: README.md (departures from the paper).
+Read first: nothing.
 
 Write three estimates of KL(pi || pi_Ref) at sampled tokens, with d = log pi - log pi_Ref:
 
@@ -39,6 +39,7 @@ def check(kl_estimate=kl_estimate):
     right = {"paper": -0.5, "k2": 0.625, "k3": 0.60653 - 0.5 + 2.71828 - 2}
     for kind, value in right.items():
         found = kl_estimate(logp, ref, mask, kind)
+        assert isinstance(found, torch.Tensor), f"kind {kind!r} returned {found}"
         assert found.shape == (1,), f"{kind}: one number a sequence, found {tuple(found.shape)}"
         two = kl_estimate(logp.expand(2, 3), ref.expand(2, 3), mask.expand(2, 3), kind)
         assert two.shape == (2,) and two[0] == found[0], (
@@ -47,6 +48,10 @@ def check(kl_estimate=kl_estimate):
         assert abs(found.item()) < 5, f"{kind}: the padding outside the mask is counted"
         assert abs(found.item() - value) < 1e-4 or abs(turned.item() - value) > 1e-4, (
             f"{kind}: d is log pi - log pi_Ref, yours is the other way round")
+        assert kind != "k2" or abs(found.item() - 0.125) > 1e-4, (
+            "k2: the sum was squared (that is k2-seq); square each d_t, then sum")
+        assert abs(found.item() - value / 2) > 1e-4, (
+            f"{kind}: a mean over the two tokens; it has to be their sum")
         assert abs(found.item() - value) < 1e-4, (
             f"{kind}: for d = .5 and -1 expected {value:.4f}, found {found.item():.4f}")
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
 """Exercise 5, 15 minutes: the Challenger's advantages, and a trap.
 
-Read first: README.md (what LSP is).
+Read first: nothing. README.md and lsp.py show the solution: close them.
 
 The Challenger earns more for a query that the Solver answers badly. Its advantage compares a query
 with the other queries of the step. With a self-reward, it also earns more for a query of high

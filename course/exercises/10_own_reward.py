@@ -9,9 +9,10 @@ that are right:
     Absolute Zero    1 - p, but 0 if p = 0     learnability
 (train.py plays them as --challenger-reward r-zero, spice, absolute-zero.)
 Write one of these or, better, one of your own: the advantages of N queries, (N,), from R (N, G),
-which is 0 or 5 in this world, and R_Q (N, G), 0..7. The check looks at six queries, then plays
-train.py --algo lsp with your function in place of lsp.challenger_advantages, which passes too, and
-keeps the run: read what was asked in its samples.jsonl. FLAGS may also hold "--seed", "2".
+which is 0 or 5 in this world, and R_Q (N, G), 0..7. The check looks at six queries. Then it plays
+train.py --algo lsp with your function in place of lsp.challenger_advantages. The run is kept: read
+what was asked in its samples.jsonl. (lsp.challenger_advantages itself passes the check, too.) FLAGS
+may also hold "--seed", "2".
 
 Then compare with the three above, played without any judge; their runs are kept:
 
