@@ -1,11 +1,10 @@
 """Figures: training curves of runs.
 
-What `python eval.py plot` calls; needs matplotlib. Runs whose folders differ only in a last number
-(tiny-lsp-1, tiny-lsp-2) are seeds of one setting: thin lines, and their mean as a thick one. A
-figure has at most four panels, so that a projector can show it. Further panels go to further files:
-curves.png, curves-2.png, ...
+What `python eval.py plot` calls; needs matplotlib. Runs whose folders differ only in their seed
+at the end (tiny-lsp-1, tiny-lsp-2) are one setting: thin lines, and their mean as a thick one. A
+second run with the same seed (tiny-lsp-0-2) is a setting of its own. A figure has at most four
+panels, so that a projector can show it. Further panels go to curves-2.png, ...
 """
-import re
 from functools import reduce
 from pathlib import Path
 
@@ -75,9 +74,9 @@ def plot(folders: list[str], out: str):
     groups, styles, panels = {}, {}, []
     for folder in map(Path, folders):
         run = {kind: read_lines(folder / f"{kind}.jsonl") for kind in ("eval", "metrics")}
-        label = re.sub(r"-\d+$", "", folder.name)
+        config = read_json(folder / "config.json")
+        label, color = folder.name.removesuffix(f"-{config['seed']}"), COLORS[config["algo"]]
         groups.setdefault(label, []).append(run)
-        color = COLORS[read_json(folder / "config.json")["algo"]]
         earlier = sum(style["color"] == color for style in styles.values())
         styles.setdefault(label, {"color": color, "linestyle": DASHES[earlier % len(DASHES)]})
     for title, name, kind, entry in PANELS:

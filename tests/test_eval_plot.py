@@ -13,7 +13,8 @@ from plumbing.files import InputError
 
 def make_run(folder, steps=3, world=True):
     folder.mkdir()
-    (folder / "config.json").write_text('{"algo": "lsp"}')
+    seed = int(folder.name.rsplit("-", 1)[-1])
+    (folder / "config.json").write_text(json.dumps({"algo": "lsp", "seed": seed}))
     metrics = [{"step": i, "reward": i / 9, "quality": None, "kl_solver": 0.1 * i,
                 "kl_challenger": None, "distinct_queries": 1.0} for i in range(1, steps + 1)]
     evals = [{"step": i, "accuracy": {"carry": i / 9, "none": 1.0}, "challenger": None}
@@ -36,11 +37,12 @@ def test_smoothing_is_a_running_mean_that_keeps_constants_and_length():
 def test_plot_draws_an_algorithms_colour_in_panels_with_something_in_them(tmp_path, capsys,
                                                                          monkeypatch):
     pytest.importorskip("matplotlib")
-    for name in ("lsp-1", "lsp-2", "zero-1", "slow-1"):
+    for name in ("lsp-1", "lsp-2", "zero-1", "slow-1", "lsp-1-2"):
         make_run(tmp_path / name)
-    (tmp_path / "zero-1/config.json").write_text('{"algo": "lsp-zero"}')
+    (tmp_path / "lsp-1-2/config.json").write_text('{"algo": "lsp", "seed": 1}')
+    (tmp_path / "zero-1/config.json").write_text('{"algo": "lsp-zero", "seed": 1}')
     out, shown, save = tmp_path / "curves.png", [], plot.save
-    folders = [str(tmp_path / n) for n in ("lsp-1", "lsp-2", "zero-1", "slow-1")]
+    folders = [str(tmp_path / n) for n in ("lsp-1", "lsp-2", "zero-1", "slow-1", "lsp-1-2")]
     monkeypatch.setattr(sys, "argv", ["eval.py", "plot", *folders, "--out", str(out)])
     monkeypatch.setattr(plot, "save", lambda *given: (shown.append(given[0]), save(*given)))
     eval_script.main()
@@ -52,11 +54,11 @@ def test_plot_draws_an_algorithms_colour_in_panels_with_something_in_them(tmp_pa
     assert all(axis.get_xlabel() and axis.get_ylabel() and not axis.get_legend() for axis in panels)
     for figure in shown:
         texts = [text.get_text() for text in figure.legends[0].get_texts()]
-        assert texts == ["lsp (2)", "zero (1)", "slow (1)"]
+        assert texts == ["lsp (2)", "zero (1)", "slow (1)", "lsp-1-2 (1)"]
     means = [(line.get_color(), line.get_linestyle()) for line in panels[0].lines
              if line.get_linewidth() > 1]
     lsp, zero = plot.COLORS["lsp"], plot.COLORS["lsp-zero"]
-    assert means == [(lsp, "-"), (zero, "-"), (lsp, "--")]
+    assert means == [(lsp, "-"), (zero, "-"), (lsp, "--"), (lsp, ":")]
 
 
 def test_the_page_gives_each_algorithm_the_same_colour():
