@@ -121,7 +121,8 @@ def read_entries(path: str) -> list[tuple[str, object]]:
             value = json.loads(piece)
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", 1) if listed else number
-            raise InputError(f"{path}, line {line}: {error}") from None
+            why = getattr(error, "msg", error)
+            raise InputError(f"{path}, line {line}: not JSON: {why}") from None
         entries += [(f"entry {i}", v) for i, v in enumerate(value, 1)] if listed else [
             (f"line {number}", value)]
     for where, value in entries if r"\ud" in text.lower() else ():

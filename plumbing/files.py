@@ -48,7 +48,8 @@ def read_small(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        hint = f"; {path.parent} is no model or run folder" if path.suffix == ".json" else ""
+        raise InputError(f"{path}: no such file{hint}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     if text.startswith(POINTER):

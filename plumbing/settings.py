@@ -307,7 +307,7 @@ def continued(folder: Path, given: dict) -> dict:
     stored = asdict(Settings()) | stored                # a run older than a setting lacks it
     changed = {key: value for key, value in given.items()
                if key not in COMMANDS and value != stored[key]}
-    for key, value in changed.items():
+    for key, value in sorted(changed.items(), key=lambda item: item[0] in RETUNE):
         if key not in FREE + RETUNE and not (key in PLACES and os.path.exists(value)):
             raise InputError(f"{flag(key)} {value} would change the run in {folder}, which has "
                              f"{stored[key]}: leave it out, or begin another run with "

@@ -290,7 +290,7 @@ def test_equal_qualities_are_said_in_the_step_line_and_watch_names_a_scale(world
     assert "spread of R 0.47, of R_Q 1.89 (Solver's, within groups): --reward-scale 4 would" in (
         log.transcript(g.settings, r))
     r.R_Q = torch.full_like(r.R, 5.0)
-    assert "all R_Q equal: no self-reward in this step" in said(r)
+    assert "all R_Q equal: the self-reward changes nothing in" in said(r)
 
 
 # ---------------------------------------------------------------- bad days
