@@ -21,9 +21,9 @@ CHALLENGER_REWARDS = ("lsp", "r-zero", "spice", "absolute-zero")
 def solver_advantages(R: Tensor, R_Q: Tensor | None = None) -> Tensor:
     """How much better each answer was than its group: (N, G) rewards in, (N, G) advantages out.
 
-    Eq. 2-3; with a self-reward R_Q (N, G) the Solver's reward is R + R_Q. Not divided by the
-    standard deviation, as the paper and Dr. GRPO (arXiv 2503.20783). ValueError when G < 2: every
-    advantage would be zero.
+    Eq. 2-3; with a self-reward R_Q (N, G) the Solver's reward is R + R_Q. As in the paper and in
+    Dr. GRPO (arXiv 2503.20783), nothing is divided by the standard deviation. ValueError when
+    G < 2: every advantage would be zero.
     """
     total = R if R_Q is None else R + R_Q                                    # (N, G)
     if total.dim() != 2 or total.shape[1] < 2:
@@ -39,7 +39,8 @@ def challenger_advantages(R: Tensor, R_Q: Tensor | None = None, *, kind: str = "
     Eq. 3, and with a self-reward R_Q the reward -V + V_Q of section 3. V is the mean of R alone:
     with R + R_Q the self-reward would cancel (test_self_reward_does_not_cancel_for_the_challenger).
     kind: another reward than -V, from the solve rate (challenger_reward); V_Q is added to it, too.
-    scale: what R, then in 0..1, has been multiplied by; such a reward is multiplied by it as well.
+    scale: the factor by which R was multiplied (--reward-scale). With another kind, R must have
+    been in 0..1 before that; its reward is multiplied by the same factor.
     penalty: (N,), subtracted from the rewards, as for queries that repeat each other.
     ValueError when N < 2.
     """
@@ -82,14 +83,15 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str) -> Tens
     With d_t = log pi_t - log pi_Ref,t. Used as a *loss* on samples from pi, what counts is the
     expected gradient (arXiv 2510.01555, 2506.09477; tests/test_lsp.py enumerates all sequences of
     two tokens):
-      paper   sum_t d_t                  zero. E[grad log pi] = 0: noise, no pull.
-                                         (Schulman's k1, Eq. 4-5 as printed.)
-      k2      sum_t d_t^2 / 2            of each next-token distribution's reverse KL,
-                                         at the prefixes that were sampled
-      k2-seq  (sum_t d_t)^2 / 2          of the whole sequence's reverse KL, exactly; more variance
-      k3      sum_t exp(-d_t) - 1 + d_t  of each next-token distribution's *forward* KL. As a
-                                         value it is unbiased for the sequence's reverse KL and
-                                         never negative, so this is the one that is logged.
+      paper   sum_t d_t                  The expected gradient is zero, since E[grad log pi] = 0:
+                                         noise, no pull. (Schulman's k1, Eq. 4-5 as printed.)
+      k2      sum_t d_t^2 / 2            It is the gradient of the reverse KL of each next-token
+                                         distribution, at the prefixes that were sampled.
+      k2-seq  (sum_t d_t)^2 / 2          It is exactly the gradient of the whole sequence's reverse
+                                         KL, with more variance.
+      k3      sum_t exp(-d_t) - 1 + d_t  It is the gradient of each next-token distribution's
+                                         *forward* KL. As a value, k3 is unbiased for the sequence's
+                                         reverse KL and never negative. So k3 is logged.
     """
     d = (logp - ref_logp).masked_fill(mask == 0, 0.0)              # (B, T)   a 0 adds nothing below
     if kind == "paper":
@@ -123,8 +125,8 @@ def policy_loss(logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask:
     # The stop-gradient ratio pi / sg(pi). Its value is always 1; its gradient is grad log pi, so
     # ratio * A carries the policy gradient A * grad log pi
     # (test_stop_gradient_ratio_has_the_policy_gradient). The printed loss is therefore about 0 by
-    # design: watch reward and KL instead. One ratio a sequence: log pi(a|q) is the *sum* over its
-    # tokens, not their mean, so long answers are neither favoured nor spared.
+    # design: watch reward and KL instead. There is one ratio for a sequence: log pi(a|q) is
+    # the *sum* over its tokens, not their mean. The length of an answer changes no weight.
     s = logp.masked_fill(mask == 0, 0.0).sum(-1)                             # (B,)   log pi(a|q)
     ratio = torch.exp(s - s.detach())                                        # (B,)
     objective = ratio * advantages                                           # (B,)

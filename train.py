@@ -57,13 +57,13 @@ rewards.CHECKS["tiny"] = tiny_world.reward         # the embedded sums check the
 
 @dataclass
 class Round:
-    """One round of play: N queries, and G answers to each. Under torchrun a process first has the
-    round of its own n queries, then the whole."""
+    """One round of play: N queries, and G answers to each. Under torchrun each process first plays
+    its own n queries. After the gather, every process has all N."""
     queries: list[str]                              # as they were asked (see `truncated_inputs`)
     golds: list[str | None]                         # reference answers, where the data has them
     kinds: list[str] | None                         # rlpt: asr or msr
     query_rows: list[Completion]                    # (N)    empty where the queries are given
-    truncated_inputs: dict[str, int]                # how many, by what they are
+    truncated_inputs: dict[str, int]                # kind of text: number of truncated ones
     query_prompts: list[list[int]] = ()             # (N)    <cp> of each query, or empty
     solver_prompts: list[list[int]] = ()            # (N)
     answer_rows: list[list[Completion]] = ()        # (N, G)
@@ -87,7 +87,7 @@ def ask(game: "Game", step: int, mine: slice) -> Round:
         queries, golds = map(list, zip(*draw(game.data, s.queries, s.seed, step)[mine]))
         return Round(queries, golds, None, [], {})
     streams = seeds(s.seed, step, "challenge", s.queries)[mine]
-    tasks = range(step * s.queries, (step + 1) * s.queries)[mine]            # by turns
+    tasks = range(step * s.queries, (step + 1) * s.queries)[mine]            # tasks in turn
     prompts = [game.challenger_prompts[i % len(game.challenger_prompts)] for i in tasks]
     with game.phase("challenge", game.policy):
         groups = sample(game.policy, prompts, seeds=streams, max_new_tokens=s.query_tokens,
@@ -171,8 +171,8 @@ class Row:
 
 
 def update(game: "Game", optimizer: MasterAdamW, r: Round, step: int) -> dict:
-    """One gradient step on L = L_Sol + alpha_Ch * L_Ch; returns its metrics. Where the gradient is
-    not finite, nothing moves, and "faults" names the samples with such a reward or log-prob."""
+    """One gradient step on L = L_Sol + alpha_Ch * L_Ch; returns its metrics. If the
+    gradient is not finite, nothing is updated, and "faults" names the samples that caused it."""
     s, count, rate = game.settings, int(r.learn.sum()), learning_rate(game.settings, step)
     mine = [n for n in range(len(r.queries))[ranks.slice_of(len(r.queries))] if r.learn[n]]
     solver = [Row(r.solver_prompts[n], completion, A) for n in mine
@@ -193,12 +193,12 @@ def token_log_probs(model: Llama, rows: list[Row], temperature: float) -> tuple[
     """Log-probs of the rows' completion tokens (B, T), 0 beyond their ends, and the mask (B, T)."""
     prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
     which = [prompts.index(tuple(row.prompt)) for row in rows]
-    # The last token, a stop token or the one before the limit, predicts nothing that is needed.
+    # The last token is not an input: nothing after it has to be predicted.
     rests = [row.completion.tokens[:-1] for row in rows]
     hidden = shared_forward(model, prompts, which, rests)                                # (B, T, D)
     tokens, lengths = pad([row.completion.tokens for row in rows], "cpu")                # (B, T)
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]                              # (B, T)
-    # Chosen by number, and counted on the host: a mask on the GPU would have to be waited for.
+    # The positions are computed on the CPU: the CPU would have to wait for a mask on the GPU.
     at = mask.flatten().nonzero()[:, 0].to(hidden.device)                                # (M,)
     logp = log_probs(model, hidden.flatten(0, 1)[at], tokens[mask].to(hidden.device),
                      temperature=temperature)                                            # (M,)
@@ -211,7 +211,7 @@ def reference_log_probs(game: "Game", rows: list[Row]):
     """Store in each row its completion's log-probs under the reference.
 
     A pass of its own before the update's, so that the reference need not be on the GPU with the
-    gradients; in the same micro-batches, so that both sides of the KL round alike.
+    gradients; in the same micro-batches, so that both sides of the KL are rounded alike.
     """
     batches = list(micro_batches(rows, game.settings.micro_batch_tokens))
     scored = [token_log_probs(game.reference, batch, game.settings.temperature)[0]
@@ -239,10 +239,10 @@ def accumulate(game: "Game", rows: list[Row], weight: float, count: int | None =
     """Add the gradient of weight * (Eq. 4 or 5) over these rows to the policy's; return the sums
     of lsp.policy_loss over all processes' rows.
 
-    With beta above 0, reference_log_probs() has been here before. The loss is normalised by the
-    number of all rows before it is split into micro-batches, so that their size changes nothing
-    (test_micro_batch_size_changes_no_gradient). count: all rows of the step, where these are one
-    process's (default: these are all).
+    With beta above 0, call reference_log_probs() first: each row needs its ref_logp. The loss is
+    divided by the number of all rows before it is split into micro-batches, so that their size
+    changes nothing (test_micro_batch_size_changes_no_gradient). count: the number of rows in the
+    whole step, over all processes (default: len(rows)).
     """
     s, sums = game.settings, Counter()
     count = len(rows) if count is None else count
@@ -294,7 +294,8 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     paths = model_paths(s)
     start, judge_path = paths["policy"], paths.get("judge", paths.get("reference"))
     tokenizer, context = Tokenizer(start), read_config(start).max_position_embeddings
-    # The embedded world belongs to its model: accuracy and held-out sums stay with any reward.
+    # The embedded world belongs to its model: whatever the reward, it measures accuracy and holds
+    # sums out.
     embedded = s.text == tiny_world.STORIES if s.algo == "rlpt" else (
         "tiny" in (s.reward, files.preset_of(start).get("reward")))
     game = Game(s, None, tokenizer, world=tiny_world if embedded else None)
@@ -344,7 +345,7 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     if game.judge:
         game.judge.model = game.reference if "judge" not in paths else load_model(
             judge_path, device=home, dtype=dtype, writes=True)
-    # In its masters' precision; MasterAdamW makes it bf16.
+    # The policy is loaded in its stored precision; MasterAdamW keeps fp32 masters, casts to bf16.
     game.policy = load_model(checkpoint or start, device=home, writes=True)
     game.policy.checkpointing = s.checkpointing
     if s.beta and game.reference.config.vocab_size != game.policy.config.vocab_size:
