@@ -4,9 +4,9 @@
     python bench/tiny_seeds.py --seeds 1001 1002 1003 1004 1005 --print     # what is there
     python bench/tiny_seeds.py --seeds 1 2 --only lsp lsp-zero --results /tmp/tuning
 
-Each run is a plain `python train.py ...`, two at a time, one thread each; its config.json,
-metrics.jsonl and eval.jsonl are kept in bench/results/tiny/NAME-SEED. Prints a table with every
-seed and, last, one JSON line with the means.
+Each run is a plain `python train.py ... --eval-every 15`, two at a time, one thread each; its
+config.json, metrics.jsonl and eval.jsonl are kept in bench/results/tiny/NAME-SEED. Prints a table
+with every seed and, last, one JSON line with the means.
 """
 import argparse
 import json
@@ -46,7 +46,7 @@ def run(name: str, seed: int, flags: list[str], work: Path, results: Path):
     """One run; its records are kept, its checkpoint lies in `work` for a second stage."""
     kept = results / f"{name}-{seed}"
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--seed", str(seed), "--out",
-               str(work / f"{name}-{seed}"), "--device", "cpu"]
+               str(work / f"{name}-{seed}"), "--device", "cpu", "--eval-every", "15"]
     begun = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
                    env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -404,4 +404,4 @@ def test_every_setting_is_a_flag_with_a_help_text():
     shown = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True,
                            text=True).stdout
     assert all("--" + name.replace("_", "-") in shown for name in texts)
-    assert "N, queries a step (default 8; embedded model: 16)" in shown
+    assert "N, queries a step (default 8; embedded model: 24)" in shown

@@ -277,7 +277,7 @@ def test_a_round_with_nothing_to_learn_from_is_survived(monkeypatch):
     optimizer = train.MasterAdamW(game.policy, torch.float32, weight_decay=0.0)
     before = [p.detach().clone() for p in game.policy.parameters()]
     m = {"step": 1, "seconds": 0.0} | train.log.measure(s, r) | train.update(game, optimizer, r, 0)
-    assert "1/105" in train.log.step_line(s, m) and m["zero_variance_groups"] is None
+    assert "1/90" in train.log.step_line(s, m) and m["zero_variance_groups"] is None
     assert all(torch.equal(p, b) for p, b in zip(game.policy.parameters(), before))
 
 
@@ -285,7 +285,7 @@ def test_watch_shows_a_round_of_the_embedded_game(capsys):
     s, _ = resolve({"device": "cpu", "watch": True})
     train.train(s, {})
     text = capsys.readouterr().out
-    assert text.count("query ") == 16 and "What is" in text and "5 * R + R_Q" in text
+    assert text.count("query ") == 24 and "What is" in text and "5 * R + R_Q" in text
 
 
 def test_prompt_mixes_belong_to_the_embedded_world(tmp_path):

@@ -164,7 +164,8 @@ def run_and_keep(fault: str, seed: int):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         subprocess.run([sys.executable, __file__, fault, "--seed", str(seed), "--out", str(out),
-                        "--device", "cpu"], check=True, stdout=subprocess.DEVNULL,
+                        "--device", "cpu", "--eval-every", "15"], check=True,
+                       stdout=subprocess.DEVNULL,
                        env=os.environ | {"OMP_NUM_THREADS": "1"})
         metrics = [{key: m[key] for key in COLUMNS} for m in lines(out / "metrics.jsonl")]
         kept = {"metrics.jsonl": [m for m in metrics if m["step"] % 5 == 0],
