@@ -126,7 +126,7 @@ def policy_loss(logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask:
     # ratio * A carries the policy gradient A * grad log pi
     # (test_stop_gradient_ratio_has_the_policy_gradient). The printed loss is therefore about 0 by
     # design: watch reward and KL instead. There is one ratio for a sequence: log pi(a|q) is
-    # the *sum* over its tokens, not their mean. The length of an answer changes no weight.
+    # the *sum* over its tokens, not their mean. No answer is weighted by its length.
     s = logp.masked_fill(mask == 0, 0.0).sum(-1)                             # (B,)   log pi(a|q)
     ratio = torch.exp(s - s.detach())                                        # (B,)
     objective = ratio * advantages                                           # (B,)

@@ -345,7 +345,7 @@ def set_up(s: Settings, checkpoint: Path | None = None) -> Game:
     if game.judge:
         game.judge.model = game.reference if "judge" not in paths else load_model(
             judge_path, device=home, dtype=dtype, writes=True)
-    # The policy is loaded in its stored precision; MasterAdamW keeps fp32 masters, casts to bf16.
+    # The policy is loaded in fp32, as the master weights are; MasterAdamW casts it to bf16.
     game.policy = load_model(checkpoint or start, device=home, writes=True)
     game.policy.checkpointing = s.checkpointing
     if s.beta and game.reference.config.vocab_size != game.policy.config.vocab_size:

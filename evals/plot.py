@@ -75,8 +75,9 @@ def plot(folders: list[str], out: str):
     for folder in map(Path, folders):
         run = {kind: read_lines(folder / f"{kind}.jsonl") for kind in ("eval", "metrics")}
         config = read_json(folder / "config.json")
-        label, color = folder.name.removesuffix(f"-{config['seed']}"), COLORS[config["algo"]]
+        label = folder.name.removesuffix(f"-{config['seed']}")
         groups.setdefault(label, []).append(run)
+        color = COLORS[config["algo"]]
         earlier = sum(style["color"] == color for style in styles.values())
         styles.setdefault(label, {"color": color, "linestyle": DASHES[earlier % len(DASHES)]})
     for title, name, kind, entry in PANELS:

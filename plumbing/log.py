@@ -195,8 +195,6 @@ def step_line(s, m: dict) -> str:
         notes.append(fault_text(m["faults"]) + ": update skipped")
     if m["quality"] is not None and not m["quality_value_spread"] and not m["quality_spread"]:
         notes.append("all R_Q equal: the self-reward changes nothing in this step")
-    if m["judge_tags"]:
-        notes.append(f"judge's tags in {m['judge_tags']:.2f} of the pairs, removed")
     if (m["unparsed"] or 0) > 0.5:
         notes.append(f"{'verdicts' if s.verdict else 'self-reward'} mostly unparsed")
     return "\n".join([line, *(f"{'':10}{note}" for note in notes)])
@@ -299,8 +297,9 @@ def closing_lines(out: Path) -> str:
 
 def transcript(s, r) -> str:
     """A round for reading: query, in rlpt what really follows, answers, R, R_Q, advantages."""
-    lines = [line for n, said in enumerate(samples(r, 0), 1) for line in (
-        "", *query_lines(f"query {n}/{len(r.queries)}", said, said["answers"]))]
+    lines = []
+    for n, said in enumerate(samples(r, 0), 1):
+        lines += ["", *query_lines(f"query {n}/{len(r.queries)}", said, said["answers"])]
     total = f"mean R {r.R.mean():.3f}" + ("" if r.R_Q is None else f", mean R_Q {r.R_Q.mean():.3f}")
     R = "R" if s.reward_scale == 1 else f"{s.reward_scale:g} * R"
     of = f"; advantages compare {R}" + ("" if r.R_Q is None else " + R_Q") + " (Solver)"

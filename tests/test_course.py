@@ -33,15 +33,15 @@ def test_the_curves_that_lectures_expect_are_those_of_the_kept_runs():
     assert len(lsp) == len(zero) == 5
     last = lambda runs, kind, key: [run[-1][kind][key] for run in runs]
     between = lambda values: (f"{min(values):.2f}"[1:], f"{max(values):.2f}"[1:])
-    assert between(last(lsp, "accuracy", "carry")) == (".93", ".97")
-    assert ".93 to .97 (.02 at the start)" in FLAT
+    assert between(last(lsp, "accuracy", "carry")) == (".93", ".97") and ".93 to .97 (.02" in FLAT
     assert between(last(zero, "accuracy", "carry")) == (".29", ".75") and ".29 to .75" in FLAT
     assert max(last(lsp, "challenger", "malformed")) < 0.04 and "| below .04 |" in FLAT
     assert min(last(zero, "challenger", "malformed")) > 0.96 and "| above .96 |" in FLAT
     assert min(last(lsp, "accuracy", "none")) > 0.95 and "returns to .95 or more" in FLAT
     dips = [min(e["accuracy"]["none"] for e in run) for run in lsp]
-    assert [f"{dip:.2f}" for dip in dips if dip < 0.36] == ["0.11"]
-    assert "(to .11 in one seed)" in FLAT
+    assert [f"{dip:.2f}" for dip in dips if dip < 0.36] == ["0.11"] and "(to .11 in one" in FLAT
+    balanced = min(e["accuracy"]["none"] for run in evals("grpo-balanced") for e in run)
+    assert f"{balanced:.2f}" == "0.82" and "it falls to .82 in one seed" in FLAT
     sound = [json.loads(f.read_text().splitlines()[-1])["challenger"]["malformed"]
              for f in (ROOT / "bench/results/break_it").glob("nothing-?/eval.jsonl")]
     assert max(sound) == 0.036 and "malformed fraction reaches .036 in seeds 1 to 3" in FLAT

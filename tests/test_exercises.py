@@ -167,8 +167,7 @@ MISTAKES = [
     (3, ratio_of(lambda logp, mask: torch.exp(whole(logp, mask))), "must be -A / B"),
     (3, lambda logp, ref, A, mask, *, beta: -(ratio(logp) * A[:, None] * mask).sum() / mask.sum(),
      "a mean over all tokens of the batch"),
-    (3, lambda logp, ref, A, mask, *, beta: -(ratio(logp) * A[:, None] * mask).sum() / 3,
-     "one ratio a token"),
+    (3, ratio_of(lambda logp, mask: (ratio(logp) * mask).sum(-1)), "one ratio a token"),
     (3, ratio_of(whole), "the gradient is right and the value is not"),
     (3, ratio_of(lambda logp, mask: torch.exp(whole(logp, mask))
                  / torch.exp(whole(logp, mask)).detach()), "0 / 0 is no number"),

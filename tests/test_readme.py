@@ -358,7 +358,7 @@ def test_the_faults_table_and_what_is_said_about_it_are_the_kept_runs():
     assert max(every("rate-x-4", lambda e: e["accuracy"]["none"])) < 0.6
     assert max(every("rate-x-4 no-self-reward sign-trap", carry)) < 0.6
     assert min(every("no-self-reward sign-trap", malformed)) > 0.85
-    assert max(every("top-k", carry)) < 0.8
+    assert max(every("top-k", carry)) < 0.8 and min(every("nothing", carry)) > 0.946
     assert min(every("no-kl bf16-weights no-stop-token", carry)) > 0.89
     assert all(0.85 < x < 0.95 for x in every("unscaled", carry))
     assert all(0.02 < x < 0.06 for x in every("r-zero spice absolute-zero", malformed))
